@@ -1,0 +1,268 @@
+"""Prune while training: observe, plan, mask, commit, at optimizer-step boundaries of a running `fit`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from plprune import schedule as schedules
+from plprune.budget import Budget
+from plprune.callbacks.statistics import Statistics
+from plprune.count import count_params
+from plprune.dist import reduce
+from plprune.drivers.progressive import Progressive, probe_loss
+from plprune.errors import ConfigError, PlanError
+from plprune.lit import calibration, carry, guard
+from plprune.lit.recut import adapter_for, recut
+from plprune.methods.base import Method
+from plprune.observe import Observation, StatMap, check, observe, to_cpu
+from plprune.schedule import Cut, Length, OneShot, Phase, Schedule
+from plprune.unwrap import find_model
+
+log = logging.getLogger(__name__)
+
+Commit = Literal["every", "last"] | int
+
+
+class Prune(Callback):
+    """Cut the language model of a LightningModule, several times if asked, while `fit` goes on."""
+
+    def __init__(
+        self,
+        method: Method | None = None,
+        budget: Budget | None = None,
+        schedule: Schedule | None = None,
+        *,
+        commit: Commit = "every",
+        optimizer_state: Literal["slice", "reset"] = "slice",
+        statistics: Statistics | None = None,
+        attribute: str | None = None,
+    ) -> None:
+        """Set up; nothing is touched before `fit`.
+
+        Args:
+            method: decides what goes; None leaves the model alone (a dense run with the same recipe).
+            budget: how much stays at the end.
+            schedule: when to cut; default one cut before the first step.
+            commit: make tensors smaller at `every` cut, only at the `last`, or at every N-th and the last;
+                in between units are masked, with equal losses.
+            optimizer_state: `slice` keeps the moments of what stays, `reset` drops all state at each commit.
+            statistics: what the method looks at; default a fresh calibration draw at each cut.
+            attribute: where the language model hangs in the module; default the only Hugging Face model in it.
+
+        Raises:
+            ConfigError: for a method without budget or an unknown choice.
+        """
+        if method is not None and budget is None:
+            raise ConfigError("a pruning method without a budget", given=type(method).__name__, fix="set prune.budget")
+        if not (commit in ("every", "last") or (isinstance(commit, int) and commit >= 1)):
+            raise ConfigError("unknown prune.commit", given=repr(commit), allowed="every, last, or a number >= 1")
+        if optimizer_state not in ("slice", "reset"):
+            raise ConfigError("unknown prune.optimizer_state", given=repr(optimizer_state), allowed="slice, reset")
+        self.method, self.budget = method, budget
+        self.schedule = schedule or OneShot()
+        self.commit, self.optimizer_state = commit, optimizer_state
+        self.statistics = statistics or Statistics()
+        self.attribute = attribute
+        self.progressive: Progressive | None = None
+        self.cuts: tuple[Cut, ...] = ()
+        self._length: Length | None = None
+        self._stack = ExitStack()
+        self._seen: Observation | None = None
+        self._rng: guard.RandomState | None = None
+
+    # -- set up --------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything long starts."""
+        if self.method is None:
+            return
+        if stage == "fit":
+            guard.refuse_conflicts(trainer)
+            adapter_for(trainer.strategy)
+            self.statistics.require_source(trainer)
+        carry.carry(trainer, pl_module, "prune", self._save, lambda state: self._load(pl_module, state))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Describe the model and print the schedule."""
+        if self.method is None:
+            return
+        self._describe(pl_module)
+        for row in schedules.table(self.plan_cuts(trainer, pl_module)):
+            log.info("%-4s %-8s %s", *row)
+
+    def _describe(self, pl_module: LightningModule) -> Progressive:
+        if self.progressive is None:
+            self.progressive = Progressive(find_model(pl_module, self.attribute))
+        return self.progressive
+
+    def plan_cuts(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Cut, ...]:
+        """The cuts of this run, from its length and the dense model.
+
+        Args:
+            trainer: with its data connected.
+            pl_module: holds the model.
+
+        Returns:
+            Cuts in order.
+        """
+        if not self.cuts:
+            assert self.method is not None and self.budget is not None, "checked in __init__"
+            dense = self._describe(pl_module).dense
+            self.cuts = schedules.cuts(dense, self.method, self.budget, self.schedule, self.length(trainer))
+        return self.cuts
+
+    def length(self, trainer: Trainer) -> Length:
+        """Length of the run in optimizer steps."""
+        if self._length is None:
+            self._length = guard.length_of(trainer)
+        return self._length
+
+    def phases(self, trainer: Trainer) -> tuple[Phase, ...]:
+        """Stretches of training between cuts, for learning rates that restart; one for a dense run."""
+        length = self.length(trainer)
+        if self.method is None:
+            return (Phase(start=0, steps=length.steps, peak=1.0),)
+        return self.schedule.phases(length)
+
+    # -- cut -----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make a cut that is due before the first step."""
+        if self.method is not None:
+            self._cut_if_due(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Continue the random stream of an interrupted run; watch training passes if asked."""
+        if self._rng is not None:
+            self._rng.restore()
+            self._rng = None
+        if self.method is not None and self.statistics.source == "training":
+            self._watch(trainer, batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Stop watching: gradient checkpointing would show the same tokens again."""
+        if self._seen is not None:
+            self._seen.active = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ANN401
+    ) -> None:
+        """Cut when the step that was just finished is one of the schedule's."""
+        if self._seen is not None:
+            self._seen.active = False
+        if self.method is not None:
+            self._cut_if_due(trainer, pl_module)
+
+    def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # global_step moves when an optimizer step is done, so the first batch end that shows it is a boundary.
+        progressive = self._describe(pl_module)
+        while progressive.done < len(self.cuts) and trainer.global_step >= self.cuts[progressive.done].step:
+            self._cut(trainer, progressive, self.cuts[progressive.done])
+
+    def _cut(self, trainer: Trainer, progressive: Progressive, cut: Cut) -> None:
+        assert self.method is not None, "checked by the caller"
+        started = time.perf_counter()
+        number, before = progressive.done + 1, progressive.spec
+        plan = progressive.decide(self.method, cut.budget, self._statistics(trainer, progressive))
+        if plan.empty:
+            log.warning("cut %d changes nothing: the model already has the widths asked for", number)
+        else:
+            progressive.mask(plan)
+        record = progressive.record(plan, trainer.global_step, before)
+        if progressive.pending and self._commits(number):
+            self._commit(trainer, progressive)
+        record["committed"] = not progressive.pending
+        record["seconds"] = time.perf_counter() - started
+        dense = count_params(progressive.dense).non_embedding
+        log.info(
+            "cut %d of %d at step %d: %.1f %% of non-embedding parameters left, plan %s",
+            number, len(self.cuts), trainer.global_step,
+            100 * count_params(progressive.spec).non_embedding / dense, plan.hash,
+        )  # fmt: skip
+
+    def _commits(self, number: int) -> bool:
+        last = number == len(self.cuts)
+        return last or self.commit == "every" or (isinstance(self.commit, int) and number % self.commit == 0)
+
+    def _commit(self, trainer: Trainer, progressive: Progressive) -> None:
+        probe = self.statistics.probe
+        masked = probe_loss(progressive.model, probe)
+        applied = recut(trainer, progressive.model, progressive.spec, {}, reset=self.optimizer_state == "reset")
+        progressive.committed(applied)
+        cut = probe_loss(progressive.model, probe)
+        guard.require_close(masked, cut, next(progressive.model.parameters()).dtype)
+
+    def _statistics(self, trainer: Trainer, progressive: Progressive) -> tuple[StatMap, str]:
+        assert self.method is not None, "checked by the caller"
+        number = progressive.done + 1
+        batches = self.statistics.batches_for(trainer, number)
+        if self.statistics.source != "training":
+            title = f"calibration for cut {number} of {len(self.cuts)}"
+            return progressive.calibrate(self.method, batches, calibration.shown(trainer, title))
+        if self._seen is None:
+            raise PlanError(
+                "no training pass was observed before this cut",
+                given=f"a cut at step {trainer.global_step}",
+                allowed="a cut after at least one step",
+                fix="use statistics.source: fresh, or cut later",
+            )
+        stats = reduce(self._seen.stats)
+        self._stop_watching()
+        check(stats, self.method.taps(progressive.spec))
+        return to_cpu(stats), ""
+
+    # -- statistics from training passes -------------------------------------------------------------------------
+
+    def _watch(self, trainer: Trainer, batch: Any) -> None:  # noqa: ANN401
+        assert self.method is not None, "checked by the caller"
+        progressive = self.progressive
+        if progressive is None or progressive.done == len(self.cuts):
+            return
+        if trainer.global_step < self.cuts[progressive.done].step - self.statistics.window:
+            return
+        if self._seen is None:
+            taps = self.method.taps(progressive.spec)
+            self._seen = self._stack.enter_context(observe(progressive.model, taps))
+            torch.compiler.reset()
+        self.statistics.note(self._seen, batch, self.method.skip_first_tokens)
+
+    def _stop_watching(self) -> None:
+        self._stack.close()
+        self._seen = None
+
+    # -- end, checkpoints ----------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say when the run ended before the schedule did."""
+        self._stop_watching()
+        progressive = self.progressive
+        if self.method is not None and progressive is not None and progressive.done < len(self.cuts):
+            log.warning("the run ended after %d of %d cuts", progressive.done, len(self.cuts))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind but the masks of cuts that were not committed."""
+        self._stop_watching()
+        carry.release(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hooks off."""
+        self._stop_watching()
+
+    def _save(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"rng": guard.RandomState.now().to_dict()}
+        if self.progressive is not None:
+            state.update(self.progressive.state())
+        return state
+
+    def _load(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        if state is None:
+            return
+        self._rng = guard.RandomState.from_dict(state["rng"])
+        if "committed" in state:
+            self._describe(pl_module).restore(state)

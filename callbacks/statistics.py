@@ -1,0 +1,99 @@
+"""What a method looks at when a cut is due."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Trainer
+
+from plprune.drivers.whole import Batch, token_mask
+from plprune.errors import ConfigError, DataError
+from plprune.lit import calibration
+from plprune.observe import Observation
+
+Source = Literal["fresh", "fixed", "training"]
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """Source of the activations a method scores."""
+
+    source: Source = "fresh"
+    """A `fresh` seeded calibration draw at each cut, the same `fixed` one, or the `training` passes before the cut."""
+    window: int = 8
+    """For `training`: optimizer steps before a cut whose forward passes are observed."""
+    batches: Iterable[Any] | None = None
+    """Calibration batches for a script without a plprune data module: dicts with input_ids [B, T]."""
+    probe: Any = field(default=None, init=False, repr=False)
+    """One small batch on which a commit is checked."""
+
+    def __post_init__(self) -> None:
+        """Check choices.
+
+        Raises:
+            ConfigError: for an unknown source or an empty window.
+        """
+        if self.source not in get_args(Source):
+            raise ConfigError(
+                "unknown prune.statistics.source", given=repr(self.source), allowed=", ".join(get_args(Source))
+            )
+        if self.window < 1:
+            raise ConfigError("empty prune.statistics.window", given=str(self.window), allowed="1 or more steps")
+
+    def require_source(self, trainer: Trainer) -> None:
+        """Refuse a run that could not calibrate, before it starts.
+
+        Args:
+            trainer: with its data module.
+
+        Raises:
+            DataError: if neither the data module nor the callback has calibration batches.
+        """
+        if self.source != "training" and self.batches is None and not calibration.has_source(trainer):
+            raise DataError(
+                "no source of calibration batches",
+                given=f"data module {type(getattr(trainer, 'datamodule', None)).__name__}",
+                allowed="a data module with calibration_batches(step, fixed), or Statistics(batches=[...])",
+                fix="use plprune.lit.data.LitTokens, pass batches, or set statistics.source: training",
+            )
+
+    def batches_for(self, trainer: Trainer, cut: int) -> Sequence[Batch]:
+        """Calibration batches of a cut (none for `training`); remembers a small probe batch.
+
+        Args:
+            trainer: running.
+            cut: number of the cut.
+
+        Returns:
+            Batches.
+        """
+        if self.source == "training":
+            return ()
+        batches = calibration.batches_of(trainer, self.batches, cut, fixed=self.source == "fixed")
+        self.probe = {key: value[:1] for key, value in batches[0].items() if torch.is_tensor(value)}
+        return batches
+
+    def note(self, seen: Observation, batch: Any, skip_first: int) -> None:  # noqa: ANN401 - any user's batch
+        """Get ready to watch one training batch.
+
+        Args:
+            seen: the running observation.
+            batch: a dict with `input_ids` and perhaps `attention_mask`.
+            skip_first: tokens at the start of each sequence to leave out.
+
+        Raises:
+            DataError: if the batch has no `input_ids`.
+        """
+        if not isinstance(batch, dict) or "input_ids" not in batch:
+            raise DataError(
+                "training batches cannot be observed",
+                given=type(batch).__name__,
+                allowed="dicts with input_ids [B, T]",
+                fix="set statistics.source: fresh",
+            )
+        seen.active = True
+        seen.token_mask = token_mask(batch, skip_first)
+        self.probe = {k: v[:1].detach() for k, v in batch.items() if k in ("input_ids", "attention_mask")}

@@ -1,0 +1,1 @@
+"""The shipped configurations, as package data: `importlib.resources.files("plprune.configs")`."""

@@ -1,0 +1,185 @@
+"""From a budget to widths: the same width in every block, hit exactly up to one unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from plprune.budget import Budget
+from plprune.count import price
+from plprune.errors import BudgetError
+from plprune.spec import Spec
+
+Widths = dict[str, list[int]]
+"""Axis kind -> units kept in each block (for `query_in_group`: per KV group)."""
+
+
+def units_per_group(spec: Spec, kind: str) -> list[int]:
+    """Units of a kind in each block; for grouped kinds in each group."""
+    return [axis.size // axis.groups for axis in spec.of_kind(kind)]
+
+
+def sizes_of(spec: Spec, widths: Mapping[str, list[int]]) -> dict[str, int]:
+    """Axis sizes (over all groups) for widths given per block.
+
+    Args:
+        spec: the model.
+        widths: units per block (and per group for grouped kinds) by axis kind.
+
+    Returns:
+        Axis name -> units kept.
+    """
+    sizes: dict[str, int] = {}
+    kv = widths.get("kv_group")
+    for kind, per_block in widths.items():
+        for axis in spec.of_kind(kind):
+            # Query heads are counted per KV group that is present before this cut.
+            sizes[axis.name] = per_block[axis.block] * axis.groups
+    assert kv is None or len(kv) == len(spec.blocks), "one width per block"
+    return sizes
+
+
+def fixed_widths(spec: Spec, budget: Budget) -> Widths:
+    """Widths the budget states, checked against the model.
+
+    Args:
+        spec: the model.
+        budget: its `widths` hold one number or one per block.
+
+    Returns:
+        One width per block for every stated kind.
+
+    Raises:
+        BudgetError: for an unknown kind, a wrong list length, or a width larger than the model has.
+    """
+    result: Widths = {}
+    for kind, given in budget.widths.items():
+        if kind not in spec.kinds():
+            raise BudgetError(
+                f"unknown axis kind budget.widths.{kind}", given=kind, allowed=", ".join(spec.kinds())
+            )
+        have = units_per_group(spec, kind)
+        per_block = list(given) if isinstance(given, list) else [given] * len(have)
+        if len(per_block) != len(have):
+            raise BudgetError(
+                f"budget.widths.{kind} has the wrong length",
+                given=f"{len(per_block)} numbers",
+                allowed=f"one number, or one for each of {len(have)} blocks",
+            )
+        for block, (width, most) in enumerate(zip(per_block, have, strict=True)):
+            if not 1 <= width <= most:
+                raise BudgetError(
+                    f"{kind} width {width} requested for block {block}",
+                    given=str(width),
+                    allowed=f"1..{most}",
+                    fix=f"set budget.widths.{kind} within what the model has",
+                )
+        result[kind] = per_block
+    return result
+
+
+def uniform(spec: Spec, budget: Budget, kinds: tuple[str, ...]) -> Widths:
+    """Equal widths in every block that meet a budget.
+
+    Attention and MLP lose the same share (TransAct's neutral split); attention widths are rounded up to whole units,
+    then the MLP takes the largest width on its multiple that stays within the budget.
+
+    Args:
+        spec: a model whose blocks are all alike.
+        budget: `keep` with quantity and base, `widths` that are fixed, `multiple_of`.
+        kinds: axis kinds to solve for, attention kinds first.
+
+    Returns:
+        Widths by kind.
+
+    Raises:
+        BudgetError: if no widths meet the budget.
+    """
+    widths = fixed_widths(spec, budget)
+    free = [kind for kind in kinds if kind not in widths]
+    if budget.keep is None or not free:
+        _require_within(spec, budget, widths)
+        return widths
+    for kind in free:
+        if len(set(units_per_group(spec, kind))) > 1:
+            raise BudgetError(
+                f"blocks differ in {kind}, a uniform budget cannot be split",
+                given=str(units_per_group(spec, kind)),
+                fix=f"state budget.widths.{kind} block by block",
+            )
+    target = budget.keep * price(spec, budget)
+    share = _equal_share(spec, budget, widths, free, target)
+    *rounded_up, last = free
+    chosen = {k: _round_up(share * units_per_group(spec, k)[0], budget.multiple_of.get(k, 1)) for k in rounded_up}
+    while True:
+        trial = {**widths, **{kind: [width] * len(spec.blocks) for kind, width in chosen.items()}}
+        width = _largest(spec, budget, trial, last, target)
+        if width is not None:
+            return {**trial, last: [width] * len(spec.blocks)}
+        # The last kind alone cannot make up for rounding up: give back one unit of attention.
+        shrinkable = [kind for kind, width in chosen.items() if width > 1]
+        if not shrinkable:
+            raise _impossible(spec, budget, trial, last)
+        chosen[shrinkable[0]] -= 1
+
+
+def _equal_share(spec: Spec, budget: Budget, widths: Widths, free: list[str], target: float) -> float:
+    """The share of units, equal for all free kinds, whose price is the target."""
+    low, high = 0.0, 1.0
+    fixed = sizes_of(spec, widths)
+    for _ in range(60):
+        middle = (low + high) / 2
+        soft = {axis.name: middle * axis.size for kind in free for axis in spec.of_kind(kind)}
+        low, high = (middle, high) if price(spec, budget, {**fixed, **soft}) <= target else (low, middle)
+    return low
+
+
+def _largest(spec: Spec, budget: Budget, widths: Widths, kind: str, target: float) -> int | None:
+    """Largest width of a kind, on its multiple, whose price stays within the target."""
+    multiple, most = budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0]
+
+
+    def fits(width: int) -> bool:
+        sizes = sizes_of(spec, {**widths, kind: [width] * len(spec.blocks)})
+        return bool(price(spec, budget, sizes) <= target * (1 + 1e-12))
+
+    # The full width is always allowed, also where it is no multiple.
+    if fits(most):
+        return most
+    low, high, best = 1, most // multiple, None
+    while low <= high:
+        middle = (low + high) // 2
+        if fits(middle * multiple):
+            best, low = middle * multiple, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _round_up(width: float, multiple: int) -> int:
+    # 1e-9 forgives the last bit of the bisection: 3.0000000001 heads are three heads.
+    return max(multiple, math.ceil(width / multiple - 1e-9) * multiple)
+
+
+def _require_within(spec: Spec, budget: Budget, widths: Widths) -> None:
+    if budget.keep is None:
+        return
+    got = price(spec, budget, sizes_of(spec, widths)) / price(spec, budget)
+    if got > budget.keep * (1 + 1e-12):
+        raise BudgetError(
+            "the stated widths exceed the budget",
+            given=f"{got:.4f} of {budget.of} ({budget.base})",
+            allowed=f"at most {budget.keep}",
+            fix="lower the widths or raise budget.keep",
+        )
+
+
+def _impossible(spec: Spec, budget: Budget, widths: Widths, kind: str) -> BudgetError:
+    least = {**widths, kind: [min(budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0])] * len(spec.blocks)}
+    floor = price(spec, budget, sizes_of(spec, least)) / price(spec, budget)
+    return BudgetError(
+        "no widths meet the budget",
+        given=f"keep {budget.keep} of {budget.of} ({budget.base})",
+        allowed=f"at least {floor:.4f} with one unit of every axis left",
+        fix="raise budget.keep, choose another base, or remove whole blocks",
+    )

@@ -1,0 +1,71 @@
+"""Collectives the engine needs; on one process they are the identity."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plprune.errors import PlanError
+from plprune.observe import StatMap
+from plprune.plan import Plan
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over ranks."""
+    if world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def reduce(stats: StatMap) -> StatMap:
+    """Sum statistics over ranks, in a fixed order of taps.
+
+    Args:
+        stats: the same taps on every rank.
+
+    Returns:
+        Sums over all ranks, equal everywhere.
+    """
+    if world_size() == 1:
+        return stats
+    reduced: StatMap = {}
+    for tap in sorted(stats, key=lambda tap: (tap.module, tap.stat.__name__)):
+        stat = stats[tap]
+        reduced[tap] = replace(stat, **{name: summed(value) for name, value in vars(stat).items()})  # type: ignore[type-var]
+    return reduced
+
+
+def agree(plan: Plan) -> Plan:
+    """Refuse plans that differ between ranks.
+
+    Args:
+        plan: this rank's plan.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: on every rank, if any rank decided differently.
+    """
+    if world_size() > 1:
+        value = torch.tensor(int(plan.hash, 16) % (1 << 62), dtype=torch.int64)
+        least, most = value.clone(), value.clone()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        if int(least) != int(most):
+            raise PlanError(
+                "ranks made different plans",
+                given=f"hash {plan.hash} here",
+                allowed="one plan on all ranks",
+                fix="use the same seed, data and library versions on every rank",
+            )
+    return plan

@@ -1,0 +1,1 @@
+"""In which order a model is observed and decided about."""

@@ -1,0 +1,225 @@
+"""A model that is pruned step by step: what is masked, what is cut, what happened, and how to restore all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plprune.budget import Budget
+from plprune.count import count_params
+from plprune.describe import describe
+from plprune.drivers.whole import Batch, Progress, calibrate, decide
+from plprune.errors import CheckpointError, PlanError
+from plprune.masks import LogicalMasks
+from plprune.methods.base import Method
+from plprune.observe import StatMap
+from plprune.plan import Keep, Plan
+from plprune.spec import Lowered, Spec
+from plprune.surgery.apply import Applied
+from plprune.surgery.lower import lower
+from plprune.surgery.rebuild import plan_for, rebuild, structure_of
+from plprune.unwrap import unwrap
+
+
+class Progressive:
+    """The pruning state of one model during a run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Describe the model.
+
+        Args:
+            model: dense language model as it hangs in the user's module.
+        """
+        self.model = model
+        self.dense: Spec = describe(model)
+        self.physical: Spec = self.dense
+        """The tensors as they are."""
+        self.spec: Spec = self.dense
+        """The model as it computes: masked units do not count."""
+        self.masks = LogicalMasks()
+        self.done = 0
+        """Cuts made so far, masked or committed."""
+        self.history: list[dict[str, Any]] = []
+        """One plain record a cut."""
+
+    def calibrate(
+        self, method: Method, batches: Sequence[Batch], progress: Progress | None = None
+    ) -> tuple[StatMap, str]:
+        """Statistics of the model as it computes now; see `drivers.whole.calibrate`."""
+        return calibrate(self.model, self.spec, method, batches, progress)
+
+    def decide(self, method: Method, budget: Budget, seen: tuple[StatMap, str]) -> Plan:
+        """Plan in the coordinates of the model as it is now; see `drivers.whole.decide`."""
+        return decide(self.model, self.spec, method, budget, seen)
+
+    def mask(self, plan: Plan) -> None:
+        """Take the plan's units out of the computation without touching a tensor.
+
+        Args:
+            plan: made by `decide`.
+        """
+        if any(not isinstance(edit, Keep) for edit in plan.edits):
+            raise PlanError("only kept units can be masked", given=f"a plan of {plan.method} that writes weights")
+        self.spec = self.spec.cut(lower(plan, self.spec), physical=False)
+        self.masks.attach(self.model, self.spec)
+
+    @property
+    def pending(self) -> bool:
+        """True when units are masked but not cut."""
+        return bool(self.spec.dead)
+
+    @property
+    def lowered(self) -> Lowered:
+        """Entries to keep when the masked units are cut."""
+        return {entry: ~dead for entry, dead in self.spec.dead.items()}
+
+    def committed(self, applied: Applied) -> None:
+        """Take over what surgery made of the masked units.
+
+        Args:
+            applied: result of committing `lowered` on `physical`.
+        """
+        self.masks.remove()
+        if applied.spec.fingerprint != self.spec.fingerprint:
+            raise PlanError(
+                "the cut model is not the masked model",
+                given=applied.spec.fingerprint,
+                allowed=self.spec.fingerprint,
+            )
+        self.physical = self.spec = applied.spec
+
+    def record(self, plan: Plan, step: int, before: Spec) -> dict[str, Any]:
+        """Note a cut.
+
+        Args:
+            plan: what was decided.
+            step: optimizer steps done.
+            before: the model as it computed before.
+
+        Returns:
+            The plain record, also appended to `history`.
+        """
+        self.done += 1
+        entry = {
+            "cut": self.done,
+            "step": step,
+            "plan": plan.hash,
+            "method": plan.method,
+            "calibration": plan.calibration,
+            "widths_before": before.widths(),
+            "widths_after": self.spec.widths(),
+            "params_before": count_params(before).to_dict(),
+            "params_after": count_params(self.spec).to_dict(),
+            "scores": score_summary(plan, before),
+        }
+        self.history.append(entry)
+        return entry
+
+    def structure(self) -> dict[str, Any]:
+        """The structure as it computes, for exports."""
+        return structure_of(self.spec, self.dense)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint needs, as plain values."""
+        return {
+            "done": self.done,
+            "structure": self.structure(),
+            "committed": structure_of(self.physical, self.dense),
+            "history": self.history,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Bring a freshly built dense model to the structure of a checkpoint, before its weights are loaded.
+
+        Args:
+            state: from `state`.
+
+        Raises:
+            CheckpointError: if this model was cut already, differently.
+            StructureError: if the structure is damaged or belongs to another base model.
+        """
+        committed = state["committed"]
+        if committed["fingerprint"] != self.physical.fingerprint:
+            if self.physical is not self.dense:
+                raise CheckpointError(
+                    "the model in memory has another structure than the checkpoint",
+                    given=f"structure {self.physical.fingerprint} in memory",
+                    allowed=f"{committed['fingerprint']} or the dense model",
+                    fix="start a new process: plprune test --config ... --ckpt_path ...",
+                )
+            self.physical = rebuild(self.model, committed).spec
+        # Raises if the structure was tampered with.
+        plan_for(state["structure"], self.dense)
+        self.spec = _masked(self.physical, state["structure"]["kept"])
+        self.masks.attach(self.model, self.spec)
+        self.done, self.history = int(state["done"]), list(state["history"])
+
+
+def _masked(physical: Spec, kept: Mapping[str, Sequence[int]]) -> Spec:
+    """A spec with the units masked that a structure no longer has."""
+    edits = []
+    for name, units in kept.items():
+        axis = physical.axes[name]
+        stays = torch.isin(axis.origin, torch.tensor(list(units), dtype=torch.int64))
+        if not bool(stays.all()):
+            edits.append(Keep(axis=name, kept=torch.nonzero(stays)[:, 0]))
+    if not edits:
+        return physical
+    plan = Plan(edits=tuple(edits), fingerprint=physical.fingerprint, method="structure")
+    return physical.cut(lower(plan, physical), physical=False)
+
+
+def probe_loss(model: nn.Module, batch: Batch) -> float:
+    """Language-model loss of one batch in evaluation mode, for comparing a model before and after a commit.
+
+    Args:
+        model: plain or wrapped model.
+        batch: `input_ids` [B, T] and, with padding, `attention_mask`.
+
+    Returns:
+        Mean loss.
+    """
+    plain: Any = unwrap(model)
+    modes = {module: module.training for module in plain.modules()}
+    plain.eval()
+    device = next(plain.parameters()).device
+    inputs: dict[str, Tensor] = {
+        key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask")
+    }
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        loss = plain(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+    for module, mode in modes.items():
+        module.training = mode
+    return float(loss)
+
+
+def score_summary(plan: Plan, spec: Spec) -> list[dict[str, Any]]:
+    """Quantiles of the scores of every axis and the lowest kept score, for plots.
+
+    Args:
+        plan: with scores.
+        spec: it was made for.
+
+    Returns:
+        Plain dicts: axis, kind, block, units, quantiles (0, 10, 25, 50, 75, 90, 100 %), threshold.
+    """
+    points = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0], dtype=torch.float64)
+    kept = {edit.axis: edit.kept for edit in plan.edits if isinstance(edit, Keep)}
+    rows = []
+    for name, score_U in plan.scores.items():
+        axis = spec.axes[name]
+        lowest = score_U[kept[name]].min() if name in kept else score_U.min()
+        rows.append(
+            {
+                "axis": name,
+                "kind": axis.kind,
+                "block": axis.block,
+                "units": axis.size,
+                "quantiles": torch.quantile(score_U.double(), points).tolist(),
+                "threshold": float(lowest),
+            }
+        )
+    return rows

@@ -1,0 +1,16 @@
+"""Llama 1 to 3 and everything that ships as `LlamaForCausalLM` (SmolLM2, TinyLlama, ...)."""
+
+from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, Family
+
+LLAMA = Family(
+    name="llama",
+    model_types=("llama",),
+    blocks="model.layers",
+    attention="self_attn",
+    roles=LLAMA_ROLES,
+    embed="model.embed_tokens",
+    counters=LLAMA_COUNTERS,
+    head_rule="divides_hidden",
+    # Same arithmetic without attention/MLP bias and window; its config takes any head count.
+    export_as=("mistral", "MistralForCausalLM"),
+)

@@ -1,0 +1,13 @@
+"""Qwen3: Llama's blocks with a norm over each head of q and k (width head_dim, never cut with heads)."""
+
+from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, Family
+
+QWEN3 = Family(
+    name="qwen3",
+    model_types=("qwen3",),
+    blocks="model.layers",
+    attention="self_attn",
+    roles=LLAMA_ROLES,
+    embed="model.embed_tokens",
+    counters=LLAMA_COUNTERS,
+)

@@ -1,0 +1,122 @@
+"""Checks around a run that is cut: who cannot take part, how long it is, its random state."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from plprune.errors import ConfigError, PlanError
+from plprune.schedule import Length
+
+_COPIES = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging", "ModelPruning", "EMA")
+"""Callbacks that keep copies or masks of parameters in their first shape."""
+
+
+def refuse_conflicts(trainer: Trainer) -> None:
+    """Refuse callbacks that would break, or silently spoil, a cut.
+
+    Args:
+        trainer: with its callbacks.
+
+    Raises:
+        ConfigError: naming the callback.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        names = [cls.__name__ for cls in type(callback).__mro__]
+        found = next((name for name in names if name in _COPIES), None)
+        if found is not None:
+            raise ConfigError(
+                f"{found} cannot run together with pruning",
+                given=f"{type(callback).__name__} in trainer.callbacks",
+                allowed="callbacks that keep no copies of weights",
+                fix="average or mask in a second fit on the exported model",
+            )
+
+
+def length_of(trainer: Trainer) -> Length:
+    """Length of a run in optimizer steps.
+
+    Args:
+        trainer: with its data connected.
+
+    Returns:
+        Steps in all and in one epoch.
+
+    Raises:
+        ConfigError: if the run has no end.
+    """
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps) or steps < 1:
+        raise ConfigError(
+            "the run has no known end",
+            given=f"{steps} optimizer steps",
+            allowed="a positive number",
+            fix="set trainer.max_steps or trainer.max_epochs",
+        )
+    batches = trainer.num_training_batches
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else int(steps)
+    return Length(steps=int(steps), steps_per_epoch=max(1, per_epoch))
+
+
+def require_close(masked: float, cut: float, dtype: torch.dtype) -> None:
+    """A commit must not change what the model computes.
+
+    Args:
+        masked: loss of the masked model on the probe batch.
+        cut: loss after the commit.
+        dtype: of the weights; bfloat16 and float16 round differently in smaller products.
+
+    Raises:
+        PlanError: if the two differ by more than rounding.
+    """
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+    if not abs(masked - cut) <= tolerance * max(1.0, abs(masked)):
+        raise PlanError(
+            "the cut model does not compute what the masked model did",
+            given=f"loss {cut:.6f} after, {masked:.6f} before",
+            allowed=f"a difference of {tolerance:g} at most",
+            fix="report this with the model's config; train from the last checkpoint",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """Random state of a process, as tensors and plain lists."""
+
+    cpu: Tensor
+    """[bytes] uint8, torch on the CPU."""
+    cuda: list[Tensor]
+    """[bytes] uint8 for each CUDA device."""
+    python: list[Any]
+    """Of the `random` module: version, 625 integers, spare gaussian."""
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """The state at this moment."""
+        version, numbers, spare = random.getstate()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return cls(cpu=torch.get_rng_state(), cuda=cuda, python=[version, list(numbers), spare])
+
+    def restore(self) -> None:
+        """Continue from this state."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.cuda)
+        version, numbers, spare = self.python
+        random.setstate((version, tuple(numbers), spare))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a checkpoint that loads with `weights_only=True`."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> RandomState:
+        """Back from a checkpoint."""
+        return cls(cpu=state["cpu"].cpu(), cuda=list(state["cuda"]), python=list(state["python"]))

@@ -1,0 +1,179 @@
+"""Cut the model of a running trainer: wrapper off, surgery, wrapper on, nothing lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
+
+from plprune.errors import ConfigError, PlanError
+from plprune.spec import Lowered, Spec
+from plprune.surgery.apply import Applied, commit
+from plprune.surgery.linear_like import shape_of
+from plprune.surgery.state import check_sliceable, cut_table, slice_optimizer
+from plprune.unwrap import unwrap
+
+
+class Adapter(Protocol):
+    """How one strategy takes weights and moments out of its wrapper and puts smaller ones back."""
+
+    def recut(self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool) -> Applied:
+        """Commit a cut in place; collective on all ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class SingleDevice:
+    """One process: swap parameters and cut the state of the same optimizer object."""
+
+    def recut(self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool) -> Applied:
+        """Commit a cut; learning rates and schedulers keep referring to the same optimizer groups."""
+        applied = commit(model, spec, lowered)
+        for optimizer in trainer.strategy.optimizers:
+            slice_optimizer(optimizer, applied.swaps, reset=reset)
+        torch.compiler.reset()
+        return applied
+
+
+def adapter_for(strategy: Strategy) -> Adapter:
+    """The adapter of a strategy.
+
+    Args:
+        strategy: the trainer's.
+
+    Returns:
+        Its adapter.
+
+    Raises:
+        ConfigError: if the strategy cannot be cut during `fit`.
+    """
+    if type(strategy) is SingleDeviceStrategy or type(strategy).__name__ == "SingleDeviceXLAStrategy":
+        return SingleDevice()
+    raise ConfigError(
+        "this strategy cannot be cut during fit",
+        given=type(strategy).__name__,
+        allowed="SingleDeviceStrategy (trainer.devices: 1, trainer.strategy: auto)",
+        fix="train on one device",
+    )
+
+
+def recut(trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool = False) -> Applied:
+    """Commit a cut inside `fit` at an optimizer-step boundary and check that nothing was lost.
+
+    Args:
+        trainer: running.
+        model: the language model as it hangs in the LightningModule.
+        spec: its spec; entries listed as dead are dropped too.
+        lowered: kept entries of this cut.
+        reset: drop optimizer state instead of cutting it.
+
+    Returns:
+        Spec after the cut and the replaced parameters.
+
+    Raises:
+        PlanError: if the optimizer's state cannot be cut (nothing is changed then), or a post-condition fails.
+    """
+    adapter = adapter_for(trainer.strategy)
+    optimizers = trainer.strategy.optimizers
+    if not reset:
+        _require_sliceable(optimizers, unwrap(model), spec, lowered)
+    before = [[(group["lr"], len(group["params"])) for group in optimizer.param_groups] for optimizer in optimizers]
+    steps = trainer.global_step
+    applied = adapter.recut(trainer, model, spec, lowered, reset=reset)
+    after = [[(g["lr"], len(g["params"])) for g in optimizer.param_groups] for optimizer in trainer.strategy.optimizers]
+    if before != after or steps != trainer.global_step:
+        raise PlanError("a cut changed learning rates, groups or counters", given=str(after), allowed=str(before))
+    assert_consistent(cast(LightningModule, trainer.lightning_module), trainer.strategy.optimizers)
+    assert_shapes(model, applied.spec)
+    return applied
+
+
+def _require_sliceable(
+    optimizers: list[Any], plain: nn.Module, spec: Spec, lowered: Lowered
+) -> None:
+    touched = {entry: ~dead for entry, dead in spec.dead.items()} | dict(lowered)
+    named = dict(plain.named_parameters())
+    names = {named[name]: name for name in cut_table(plain, touched) if name in named}
+    for optimizer in optimizers:
+        check_sliceable(optimizer, names)
+
+
+def assert_consistent(module: nn.Module, optimizers: list[Any]) -> None:
+    """Every trainable parameter is in exactly one optimizer group, with state of its own shape, and nothing else is.
+
+    Args:
+        module: what the trainer trains.
+        optimizers: the trainer's.
+
+    Raises:
+        PlanError: otherwise; training would silently go on without those weights.
+    """
+    owned: dict[int, int] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                owned[id(parameter)] = owned.get(id(parameter), 0) + 1
+    wrong = [
+        name for name, p in module.named_parameters() if p.requires_grad and owned.pop(id(p), 0) != 1
+    ]
+    known = {id(p) for p in module.parameters()}
+    stale = [key for key in owned if key not in known]
+    crooked = [
+        key
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape
+    ]
+    if wrong or stale or crooked:
+        raise PlanError(
+            "the optimizer does not match the model",
+            given=f"{len(wrong)} trainable parameters not in exactly one group ({', '.join(wrong[:3])}), "
+            f"{len(stale)} stale parameters, {len(crooked)} states of another shape",
+            allowed="every trainable parameter once",
+            fix="let configure_optimizers pass each trainable parameter to exactly one group",
+        )
+
+
+def assert_shapes(model: nn.Module, spec: Spec) -> None:
+    """The tensors have the shapes the spec says.
+
+    Args:
+        model: after a cut.
+        spec: after the cut.
+
+    Raises:
+        PlanError: otherwise.
+    """
+    plain = unwrap(model)
+    for name, linear in spec.linears.items():
+        found = shape_of(plain.get_submodule(name))
+        if found != (linear.rows, linear.cols):
+            raise PlanError(f"{name} was not cut", given=str(found), allowed=str((linear.rows, linear.cols)))
+
+
+def rebuild_optimizers(trainer: Trainer) -> None:
+    """Make optimizers and schedulers again after the set of trainable parameters changed.
+
+    State of parameters that stay trainable is kept, and so are learning rates and scheduler positions.
+
+    Args:
+        trainer: running on one device.
+    """
+    strategy = trainer.strategy
+    kept = {p: state for optimizer in strategy.optimizers for p, state in optimizer.state.items()}
+    positions = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs]
+    strategy.setup_optimizers(trainer)
+    for optimizer in strategy.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in kept:
+                    optimizer.state[parameter] = kept[parameter]
+    for config, position in zip(strategy.lr_scheduler_configs, positions, strict=True):
+        config.scheduler.load_state_dict(position)
+        for group, rate in zip(config.scheduler.optimizer.param_groups, config.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate

@@ -1,0 +1,81 @@
+"""What every method is: taps it needs, a plan it returns.
+
+Legend: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from plprune.budget import Budget
+from plprune.plan import Plan
+from plprune.spec import Spec
+from plprune.stats.base import Stat, Tap
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class View:
+    """Everything a method may look at."""
+
+    spec: Spec
+    """The model, in the coordinates of its tensors."""
+    stats: Mapping[Tap, Stat]
+    """What its taps saw, summed over ranks."""
+    weight: Callable[[str], Tensor]
+    """Module path -> [R, C] weight, read-only."""
+    calibration: str = ""
+    """sha256 of the calibration tokens."""
+
+
+class Method(ABC):
+    """A pruning method. Subclasses are frozen dataclasses whose fields are the hyper-parameters."""
+
+    order: ClassVar[Literal["whole", "blocks"]] = "whole"
+    """Observed on the whole model at once, or block by block."""
+    skip_first_tokens: int = 0
+    """Tokens at the start of each sequence that statistics ignore."""
+
+    @abstractmethod
+    def taps(self, spec: Spec) -> tuple[Tap, ...]:
+        """Statistics the method needs.
+
+        Args:
+            spec: the model.
+
+        Returns:
+            Taps; empty if it needs none.
+        """
+
+    @abstractmethod
+    def plan(self, view: View, budget: Budget) -> Plan:
+        """Decide; changes nothing.
+
+        Args:
+            view: model and statistics.
+            budget: how much to keep.
+
+        Returns:
+            The plan.
+        """
+
+    def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]] | None:
+        """Widths that follow from the budget alone.
+
+        Args:
+            spec: the model.
+            budget: how much to keep.
+
+        Returns:
+            Units per block by axis kind, or None if they depend on statistics.
+        """
+        del spec, budget
+        return None
+
+    def hyper(self) -> dict[str, Any]:
+        """Hyper-parameters as plain values, for the plan's hash and the report."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]

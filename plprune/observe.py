@@ -1,0 +1,134 @@
+"""Collect statistics from forward passes; hooks live only inside the context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from plprune.errors import PlanError
+from plprune.stats.base import Stat, Tap, fold
+from plprune.surgery.linear_like import shape_of
+from plprune.unwrap import unwrap
+
+StatMap = dict[Tap, Stat]
+
+
+class Observation:
+    """Running statistics of one observation; belongs to the context that made it."""
+
+    def __init__(self, taps: Iterable[Tap]) -> None:
+        self.taps = tuple(taps)
+        self.stats: StatMap = {}
+        self.active = True
+        self.token_mask: Tensor | None = None
+        """[B, T] bool for the batch under way, True for tokens that count; None counts all."""
+
+    def record(self, tap: Tap, x: Tensor) -> None:
+        """Add one activation.
+
+        Args:
+            tap: where it was taken.
+            x: [B, T, C] activation (OPT-like models may hand over [B * T, C]).
+        """
+        # Gradient checkpointing runs the forward again inside backward: those tokens were counted already.
+        if not self.active or torch._C._current_graph_task_id() != -1:
+            return
+        stat = self.stats.get(tap)
+        if stat is None:
+            stat = tap.stat.zero(x.shape[-1], x.device)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            self.stats[tap] = fold(stat, x, self.token_mask)
+
+
+@contextmanager
+def observe(model: nn.Module, taps: Iterable[Tap]) -> Iterator[Observation]:
+    """Observe a model while it runs.
+
+    Args:
+        model: plain or wrapped Hugging Face model.
+        taps: where to take which statistic.
+
+    Yields:
+        The observation; read `stats` after the passes, set `token_mask` before each padded batch, and
+        `active = False` to pause.
+
+    Raises:
+        PlanError: if a tap names no module.
+    """
+    plain = unwrap(model)
+    observation = Observation(taps)
+    handles: list[RemovableHandle] = []
+    try:
+        for tap in observation.taps:
+            try:
+                module = plain.get_submodule(tap.module)
+            except AttributeError as error:
+                raise PlanError("tap without a module", given=tap.module, allowed="a module of the model") from error
+            handles.append(module.register_forward_pre_hook(_hook(observation, tap), with_kwargs=True))
+        yield observation
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(observation: Observation, tap: Tap) -> Any:  # noqa: ANN401 - torch's hook type
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observation.record(tap, args[0] if args else next(iter(kwargs.values())))
+
+    return record
+
+
+def check(stats: StatMap, taps: Iterable[Tap]) -> None:
+    """Refuse statistics that say nothing or are not finite.
+
+    Args:
+        stats: what was observed.
+        taps: what was asked for.
+
+    Raises:
+        PlanError: if a tap saw no token, or a sum is NaN or infinite.
+    """
+    for tap in taps:
+        stat = stats.get(tap)
+        if stat is None or float(stat.tensors()[0]) == 0:
+            raise PlanError(
+                "no tokens observed",
+                given=f"0 at {tap.module}",
+                allowed="at least one calibration token",
+                fix="check the calibration set and its attention masks",
+            )
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in stat.tensors()):
+            raise PlanError(
+                "statistics are not finite",
+                given=f"NaN or infinity at the input of {tap.module}",
+                allowed="finite activations",
+                fix="check the weights for NaN, or observe in float32 or bfloat16 instead of float16",
+            )
+
+
+def to_cpu(stats: StatMap) -> StatMap:
+    """The same statistics on the CPU."""
+    return {
+        tap: replace(stat, **{name: value.cpu() for name, value in vars(stat).items()})  # type: ignore[type-var]
+        for tap, stat in stats.items()
+    }
+
+
+def zeros(model: nn.Module, taps: Iterable[Tap]) -> StatMap:
+    """Empty statistics for every tap, e.g. on a rank without calibration data.
+
+    Args:
+        model: plain or wrapped model.
+        taps: where.
+
+    Returns:
+        Zero sums of the right sizes.
+    """
+    plain = unwrap(model)
+    return {tap: tap.stat.zero(shape_of(plain.get_submodule(tap.module))[1]) for tap in taps}

@@ -1,0 +1,1 @@
+"""The only package that changes a model; import its modules directly."""

@@ -1,0 +1,212 @@
+"""Apply a plan: the one place that changes a model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from plprune.errors import PlanError
+from plprune.families.base import Family
+from plprune.plan import Mask, Plan, Write
+from plprune.spec import Lowered, Spec
+from plprune.surgery.linear_like import base_of, is_conv1d, is_lora, refresh_sizes
+from plprune.surgery.lower import lower
+from plprune.surgery.state import CutTable, Swap, cut, cut_table
+from plprune.unwrap import family_of, unwrap
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Applied:
+    """What a cut did."""
+
+    spec: Spec
+    """The model after the cut."""
+    swaps: tuple[Swap, ...]
+    """Parameters that were replaced."""
+    table: CutTable
+    """Cuts by parameter name."""
+
+
+def apply(model: nn.Module, plan: Plan, spec: Spec) -> Applied:
+    """Apply a plan to a model: Write, then Mask, then Keep.
+
+    Args:
+        model: the model `spec` describes; changed in place, its parameters that shrink are replaced.
+        plan: made for `spec`.
+        spec: spec of the model as it is.
+
+    Returns:
+        The new spec and what was replaced; the optimizer is the caller's, see `slice_optimizer`.
+
+    Raises:
+        PlanError: if the plan does not fit; nothing is changed then.
+    """
+    lowered = lower(plan, spec)
+    plain = unwrap(model)
+    _write(plain, plan)
+    return commit(plain, spec, lowered)
+
+
+def commit(model: nn.Module, spec: Spec, lowered: Lowered) -> Applied:
+    """Cut the tensors down to the kept entries.
+
+    Args:
+        model: plain or wrapped model in the coordinates of `spec`.
+        spec: its spec; entries it lists as dead are dropped too.
+        lowered: kept entries by (module, side).
+
+    Returns:
+        The new spec and the replaced parameters.
+    """
+    plain = unwrap(model)
+    keep = {entry: ~dead for entry, dead in spec.dead.items()}
+    for entry, mask in lowered.items():
+        keep[entry] = keep[entry] & mask if entry in keep else mask
+    after = spec.cut(keep, physical=True)
+    table = cut_table(plain, keep)
+    norms = _dora_norms(plain, keep)
+    swaps = _swap(plain, table)
+    for path in {path for path, _ in keep}:
+        refresh_sizes(plain.get_submodule(path))
+    _rescale_dora(plain, norms)
+    _refresh_counters(plain, family_of(plain), after)
+    return Applied(spec=after, swaps=tuple(swaps), table=table)
+
+
+def _swap(model: nn.Module, table: CutTable) -> list[Swap]:
+    done: dict[nn.Parameter, Swap] = {}
+    swaps = []
+    for name, cuts in table.items():
+        owner_path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        old = cast(nn.Parameter, owner._parameters[leaf])
+        if old in done:  # a tensor shared by two modules is cut once
+            _require_same(done[old], name, cuts)
+            owner._parameters[leaf] = done[old].new
+            continue
+        new = nn.Parameter(cut(old.detach(), cuts), requires_grad=old.requires_grad)
+        if old.grad is not None:
+            new.grad = cut(old.grad, cuts)
+        owner._parameters[leaf] = new
+        done[old] = Swap(name=name, old=old, new=new, cuts=cuts)
+        swaps.append(done[old])
+    return swaps
+
+
+def _require_same(first: Swap, name: str, cuts: tuple[tuple[int, Tensor], ...]) -> None:
+    same = len(first.cuts) == len(cuts) and all(
+        a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first.cuts, cuts, strict=True)
+    )
+    if not same:
+        raise PlanError(
+            "two modules share a tensor but lose different entries",
+            given=f"{first.name} and {name}",
+            fix="untie them, or leave their axis out of the plan",
+        )
+
+
+def _write(model: nn.Module, plan: Plan) -> None:
+    for edit in plan.edits:
+        if isinstance(edit, Write):
+            base = base_of(model.get_submodule(edit.module))
+            with torch.no_grad():
+                if edit.weight is not None:
+                    weight = cast(nn.Parameter, base.weight)
+                    weight.copy_(edit.weight.T if is_conv1d(base) else edit.weight)
+                if edit.bias is not None:
+                    _write_bias(base, edit.bias)
+    for edit in plan.edits:
+        if isinstance(edit, Mask):
+            base = base_of(model.get_submodule(edit.module))
+            with torch.no_grad():
+                weight = cast(nn.Parameter, base.weight)
+                keep = edit.keep.T if is_conv1d(base) else edit.keep
+                weight.mul_(keep.to(weight.device, weight.dtype))
+
+
+def _write_bias(base: nn.Module, bias: Tensor) -> None:
+    weight = cast(nn.Parameter, base.weight)
+    if base.bias is None:
+        base.bias = nn.Parameter(bias.to(weight.device, weight.dtype), requires_grad=weight.requires_grad)
+    else:
+        cast(nn.Parameter, base.bias).copy_(bias)
+
+
+def _dora_norms(model: nn.Module, keep: Lowered) -> dict[tuple[str, str], Tensor]:
+    """Row norms of W + BA of every DoRA layer that loses inputs, rows that stay only.
+
+    DoRA scales each row by magnitude / norm; dropping columns shrinks the norm, so the magnitude follows.
+    """
+    norms = {}
+    for path, side in keep:
+        module = model.get_submodule(path)
+        if side == "in" and is_lora(module):
+            for adapter in _dora_adapters(module):
+                norm_R = _row_norms(module, adapter)
+                rows = keep.get((path, "out"))
+                norms[path, adapter] = norm_R if rows is None else norm_R[rows.to(norm_R.device)]
+    return norms
+
+
+def _rescale_dora(model: nn.Module, before: dict[tuple[str, str], Tensor]) -> None:
+    for (path, adapter), norm_R in before.items():
+        module: Any = model.get_submodule(path)
+        magnitude = module.lora_magnitude_vector[adapter].weight
+        with torch.no_grad():
+            magnitude.mul_((_row_norms(module, adapter) / norm_R).to(magnitude.dtype))
+
+
+def _dora_adapters(module: nn.Module) -> list[str]:
+    return list(getattr(module, "lora_magnitude_vector", {}).keys())
+
+
+def _row_norms(module: Any, adapter: str) -> Tensor:  # noqa: ANN401 - a peft layer
+    with torch.no_grad():
+        base = base_of(module)
+        weight = base.weight.T if is_conv1d(base) else base.weight
+        delta = module.lora_B[adapter].weight @ module.lora_A[adapter].weight
+        total: Tensor = weight.double() + module.scaling[adapter] * delta.double()
+        return torch.linalg.vector_norm(total, dim=1)
+
+
+def _refresh_counters(model: nn.Module, family: Family, spec: Spec) -> None:
+    """Bring head counts and widths kept beside the weights up to date, in modules and in the config."""
+    uniform = len(set(spec.blocks)) == 1
+    blocks = cast(nn.ModuleList, model.get_submodule(family.blocks))
+    config: Any = model.config
+    for block, numbers in zip(blocks, spec.blocks, strict=True):
+        values = {**vars(numbers), "rep": numbers.heads // numbers.kv_heads}
+        for path, attributes in family.counters.items():
+            for attribute, quantity in attributes.items():
+                setattr(block.get_submodule(path), attribute, values[quantity])
+        for path in family.config_readers:
+            reader: Any = block.get_submodule(path)
+            # Its forward reads head counts from the config: one private copy per block, or widths could not differ.
+            reader.config = copy.copy(reader.config)
+            for quantity, attribute in family.dims.items():
+                set_config(reader.config, attribute, values[quantity])
+    first = spec.blocks[0]
+    if uniform:
+        set_config(config, "head_dim", first.head_dim)
+        for quantity, attribute in family.dims.items():
+            set_config(config, attribute, vars(first)[quantity])
+
+
+def set_config(config: Any, attribute: str, value: int) -> None:  # noqa: ANN401
+    """Set a width in a Hugging Face config without its whole-config validation.
+
+    Some stock configs refuse head counts that do not divide the hidden size although their modules run with
+    them; what such a model may be saved as is the export's business.
+
+    Args:
+        config: the model's config, changed in place.
+        attribute: field name.
+        value: new value.
+    """
+    object.__setattr__(config, attribute, value)
+
+

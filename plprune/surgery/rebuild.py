@@ -1,0 +1,111 @@
+"""Give a dense model the structure of a pruned one, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from plprune.describe import describe
+from plprune.errors import StructureError
+from plprune.plan import Keep, Plan
+from plprune.spec import Spec
+from plprune.surgery.apply import Applied, apply
+
+FORMAT = 1
+
+
+def structure_of(spec: Spec, dense: Spec) -> dict[str, Any]:
+    """The structure as plain, readable values.
+
+    Args:
+        spec: the pruned model.
+        dense: the model it came from.
+
+    Returns:
+        JSON-able dict: format, family, fingerprints, dense and present dimensions, kept units by axis.
+    """
+    return {
+        "format": FORMAT,
+        "family": spec.family,
+        "dense_fingerprint": dense.fingerprint,
+        "fingerprint": spec.fingerprint,
+        "dense_blocks": [dict(vars(block)) for block in dense.blocks],
+        "blocks": [dict(vars(block)) for block in spec.blocks],
+        "kept": spec.structure(),
+    }
+
+
+def plan_for(structure: Mapping[str, Any], spec: Spec) -> Plan:
+    """The plan that turns the dense model into the structure.
+
+    Args:
+        structure: from `structure_of`.
+        spec: the dense model.
+
+    Returns:
+        A plan of `Keep` edits.
+
+    Raises:
+        StructureError: if the structure is damaged or belongs to another dense model.
+    """
+    try:
+        version, wanted, kept = structure["format"], structure["dense_fingerprint"], dict(structure["kept"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StructureError(
+            "not a plprune structure", given=f"missing {error}", allowed="a dict written by plprune"
+        ) from error
+    if version != FORMAT:
+        raise StructureError("unknown structure format", given=str(version), allowed=str(FORMAT), fix="update plprune")
+    if wanted != spec.fingerprint:
+        raise StructureError(
+            "the structure belongs to another base model",
+            given=f"dense fingerprint {wanted} ({_sizes(structure.get('dense_blocks'))})",
+            allowed=f"{spec.fingerprint} ({_sizes([vars(b) for b in spec.blocks])})",
+            fix="build the model from the base checkpoint named in the structure",
+        )
+    edits = []
+    for name, units in kept.items():
+        axis = spec.axes.get(name)
+        if axis is None or not units or max(units) >= axis.size or sorted(set(units)) != list(units):
+            raise StructureError(
+                f"damaged structure at axis {name}",
+                given=f"{len(units)} kept units",
+                allowed="ascending unit numbers of an axis of this model",
+            )
+        edits.append(Keep(axis=name, kept=torch.tensor(units, dtype=torch.int64)))
+    return Plan(edits=tuple(edits), fingerprint=spec.fingerprint, method="structure")
+
+
+def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> Applied:
+    """Cut a dense model to a saved structure.
+
+    Args:
+        model: the dense model, on any device; changed in place.
+        structure: from `structure_of`.
+
+    Returns:
+        Spec after the cut and the replaced parameters.
+
+    Raises:
+        StructureError: if the structure does not fit.
+    """
+    spec = describe(model)
+    applied = apply(model, plan_for(structure, spec), spec)
+    if applied.spec.fingerprint != structure["fingerprint"]:
+        raise StructureError(
+            "damaged structure",
+            given=f"fingerprint {structure['fingerprint']}",
+            allowed=f"{applied.spec.fingerprint}, what its kept units give",
+            fix="take the structure file from the checkpoint again",
+        )
+    return applied
+
+
+def _sizes(blocks: object) -> str:
+    if not isinstance(blocks, list) or not blocks:
+        return "no blocks"
+    first = blocks[0]
+    return f"{len(blocks)} blocks of {first['heads']}/{first['kv_heads']} heads, FFN {first['ffn']}"
