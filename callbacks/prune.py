@@ -59,11 +59,19 @@ class Prune(Callback):
             ConfigError: for a method without budget or an unknown choice.
         """
         if method is not None and budget is None:
-            raise ConfigError("a pruning method without a budget", given=type(method).__name__, fix="set prune.budget")
+            raise ConfigError(
+                "a pruning method without a budget",
+                given=type(method).__name__,
+                fix="set prune.budget",
+            )
         if not (commit in ("every", "last") or (isinstance(commit, int) and commit >= 1)):
-            raise ConfigError("unknown prune.commit", given=repr(commit), allowed="every, last, or a number >= 1")
+            raise ConfigError(
+                "unknown prune.commit", given=repr(commit), allowed="every, last, or a number >= 1"
+            )
         if optimizer_state not in ("slice", "reset"):
-            raise ConfigError("unknown prune.optimizer_state", given=repr(optimizer_state), allowed="slice, reset")
+            raise ConfigError(
+                "unknown prune.optimizer_state", given=repr(optimizer_state), allowed="slice, reset"
+            )
         self.method, self.budget = method, budget
         self.schedule = schedule or OneShot()
         self.commit, self.optimizer_state = commit, optimizer_state
@@ -86,7 +94,11 @@ class Prune(Callback):
             guard.refuse_conflicts(trainer)
             adapter_for(trainer.strategy)
             self.statistics.require_source(trainer)
-        carry.carry(trainer, pl_module, "prune", self._save, lambda state: self._load(pl_module, state))
+        guard.ensure_model(pl_module)
+        self._check_budget(self._describe(pl_module))
+        carry.carry(
+            trainer, pl_module, "prune", self._save, lambda state: self._load(pl_module, state)
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Describe the model and print the schedule."""
@@ -95,6 +107,11 @@ class Prune(Callback):
         self._describe(pl_module)
         for row in schedules.table(self.plan_cuts(trainer, pl_module)):
             log.info("%-4s %-8s %s", *row)
+
+    def _check_budget(self, progressive: Progressive) -> None:
+        assert self.method is not None and self.budget is not None, "checked in __init__"
+        if progressive.done == 0:
+            self.method.widths(progressive.dense, self.budget)
 
     def _describe(self, pl_module: LightningModule) -> Progressive:
         if self.progressive is None:
@@ -114,7 +131,9 @@ class Prune(Callback):
         if not self.cuts:
             assert self.method is not None and self.budget is not None, "checked in __init__"
             dense = self._describe(pl_module).dense
-            self.cuts = schedules.cuts(dense, self.method, self.budget, self.schedule, self.length(trainer))
+            self.cuts = schedules.cuts(
+                dense, self.method, self.budget, self.schedule, self.length(trainer)
+            )
         return self.cuts
 
     def length(self, trainer: Trainer) -> Length:
@@ -137,7 +156,9 @@ class Prune(Callback):
         if self.method is not None:
             self._cut_if_due(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Continue the random stream of an interrupted run; watch training passes if asked."""
         if self._rng is not None:
             self._rng.restore()
@@ -145,13 +166,15 @@ class Prune(Callback):
         if self.method is not None and self.statistics.source == "training":
             self._watch(trainer, batch)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor
+    ) -> None:
         """Stop watching: gradient checkpointing would show the same tokens again."""
         if self._seen is not None:
             self._seen.active = False
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ANN401
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Cut when the step that was just finished is one of the schedule's."""
         if self._seen is not None:
@@ -162,7 +185,10 @@ class Prune(Callback):
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # global_step moves when an optimizer step is done, so the first batch end that shows it is a boundary.
         progressive = self._describe(pl_module)
-        while progressive.done < len(self.cuts) and trainer.global_step >= self.cuts[progressive.done].step:
+        while (
+            progressive.done < len(self.cuts)
+            and trainer.global_step >= self.cuts[progressive.done].step
+        ):
             self._cut(trainer, progressive, self.cuts[progressive.done])
 
     def _cut(self, trainer: Trainer, progressive: Progressive, cut: Cut) -> None:
@@ -171,7 +197,9 @@ class Prune(Callback):
         number, before = progressive.done + 1, progressive.spec
         plan = progressive.decide(self.method, cut.budget, self._statistics(trainer, progressive))
         if plan.empty:
-            log.warning("cut %d changes nothing: the model already has the widths asked for", number)
+            log.warning(
+                "cut %d changes nothing: the model already has the widths asked for", number
+            )
         else:
             progressive.mask(plan)
         record = progressive.record(plan, trainer.global_step, before)
@@ -188,12 +216,20 @@ class Prune(Callback):
 
     def _commits(self, number: int) -> bool:
         last = number == len(self.cuts)
-        return last or self.commit == "every" or (isinstance(self.commit, int) and number % self.commit == 0)
+        return (
+            last
+            or self.commit == "every"
+            or (isinstance(self.commit, int) and number % self.commit == 0)
+        )
 
     def _commit(self, trainer: Trainer, progressive: Progressive) -> None:
         probe = self.statistics.probe
-        masked = probe_loss(progressive.model, probe)
-        applied = recut(trainer, progressive.model, progressive.spec, {}, reset=self.optimizer_state == "reset")
+        masked = probe_loss(
+            progressive.model, probe
+        )  # outside autocast: rounding would hide a wrong cut
+        applied = recut(
+            trainer, progressive.model, progressive.spec, {}, reset=self.optimizer_state == "reset"
+        )
         progressive.committed(applied)
         cut = probe_loss(progressive.model, probe)
         guard.require_close(masked, cut, next(progressive.model.parameters()).dtype)
@@ -204,7 +240,10 @@ class Prune(Callback):
         batches = self.statistics.batches_for(trainer, number)
         if self.statistics.source != "training":
             title = f"calibration for cut {number} of {len(self.cuts)}"
-            return progressive.calibrate(self.method, batches, calibration.shown(trainer, title))
+            with trainer.precision_plugin.forward_context():
+                return progressive.calibrate(
+                    self.method, batches, calibration.shown(trainer, title)
+                )
         if self._seen is None:
             raise PlanError(
                 "no training pass was observed before this cut",
@@ -219,7 +258,7 @@ class Prune(Callback):
 
     # -- statistics from training passes -------------------------------------------------------------------------
 
-    def _watch(self, trainer: Trainer, batch: Any) -> None:  # noqa: ANN401
+    def _watch(self, trainer: Trainer, batch: Any) -> None:
         assert self.method is not None, "checked by the caller"
         progressive = self.progressive
         if progressive is None or progressive.done == len(self.cuts):
@@ -242,7 +281,11 @@ class Prune(Callback):
         """Say when the run ended before the schedule did."""
         self._stop_watching()
         progressive = self.progressive
-        if self.method is not None and progressive is not None and progressive.done < len(self.cuts):
+        if (
+            self.method is not None
+            and progressive is not None
+            and progressive.done < len(self.cuts)
+        ):
             log.warning("the run ended after %d of %d cuts", progressive.done, len(self.cuts))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -250,7 +293,9 @@ class Prune(Callback):
         self._stop_watching()
         carry.release(pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Take the hooks off."""
         self._stop_watching()
 

@@ -38,10 +38,14 @@ class Statistics:
         """
         if self.source not in get_args(Source):
             raise ConfigError(
-                "unknown prune.statistics.source", given=repr(self.source), allowed=", ".join(get_args(Source))
+                "unknown prune.statistics.source",
+                given=repr(self.source),
+                allowed=", ".join(get_args(Source)),
             )
         if self.window < 1:
-            raise ConfigError("empty prune.statistics.window", given=str(self.window), allowed="1 or more steps")
+            raise ConfigError(
+                "empty prune.statistics.window", given=str(self.window), allowed="1 or more steps"
+            )
 
     def require_source(self, trainer: Trainer) -> None:
         """Refuse a run that could not calibrate, before it starts.
@@ -52,7 +56,11 @@ class Statistics:
         Raises:
             DataError: if neither the data module nor the callback has calibration batches.
         """
-        if self.source != "training" and self.batches is None and not calibration.has_source(trainer):
+        if (
+            self.source != "training"
+            and self.batches is None
+            and not calibration.has_source(trainer)
+        ):
             raise DataError(
                 "no source of calibration batches",
                 given=f"data module {type(getattr(trainer, 'datamodule', None)).__name__}",
@@ -76,7 +84,7 @@ class Statistics:
         self.probe = {key: value[:1] for key, value in batches[0].items() if torch.is_tensor(value)}
         return batches
 
-    def note(self, seen: Observation, batch: Any, skip_first: int) -> None:  # noqa: ANN401 - any user's batch
+    def note(self, seen: Observation, batch: Any, skip_first: int) -> None:
         """Get ready to watch one training batch.
 
         Args:
@@ -96,4 +104,6 @@ class Statistics:
             )
         seen.active = True
         seen.token_mask = token_mask(batch, skip_first)
-        self.probe = {k: v[:1].detach() for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+        self.probe = {
+            k: v[:1].detach() for k, v in batch.items() if k in ("input_ids", "attention_mask")
+        }

@@ -53,11 +53,15 @@ def fixed_widths(spec: Spec, budget: Budget) -> Widths:
         BudgetError: for an unknown kind, a wrong list length, or a width larger than the model has.
     """
     result: Widths = {}
+    for field, kinds in (("widths", budget.widths), ("multiple_of", budget.multiple_of)):
+        for kind in kinds:
+            if kind not in spec.kinds():
+                raise BudgetError(
+                    f"unknown axis kind budget.{field}.{kind}",
+                    given=kind,
+                    allowed=", ".join(spec.kinds()),
+                )
     for kind, given in budget.widths.items():
-        if kind not in spec.kinds():
-            raise BudgetError(
-                f"unknown axis kind budget.widths.{kind}", given=kind, allowed=", ".join(spec.kinds())
-            )
         have = units_per_group(spec, kind)
         per_block = list(given) if isinstance(given, list) else [given] * len(have)
         if len(per_block) != len(have):
@@ -110,34 +114,41 @@ def uniform(spec: Spec, budget: Budget, kinds: tuple[str, ...]) -> Widths:
     target = budget.keep * price(spec, budget)
     share = _equal_share(spec, budget, widths, free, target)
     *rounded_up, last = free
-    chosen = {k: _round_up(share * units_per_group(spec, k)[0], budget.multiple_of.get(k, 1)) for k in rounded_up}
+    chosen = {
+        k: _round_up(share, units_per_group(spec, k)[0], budget.multiple_of.get(k, 1))
+        for k in rounded_up
+    }
     while True:
         trial = {**widths, **{kind: [width] * len(spec.blocks) for kind, width in chosen.items()}}
         width = _largest(spec, budget, trial, last, target)
         if width is not None:
             return {**trial, last: [width] * len(spec.blocks)}
-        # The last kind alone cannot make up for rounding up: give back one unit of attention.
-        shrinkable = [kind for kind, width in chosen.items() if width > 1]
+        # The last kind alone cannot make up for rounding up: give back one multiple of attention.
+        below = {k: _next_below(width, budget.multiple_of.get(k, 1)) for k, width in chosen.items()}
+        shrinkable = [kind for kind, width in below.items() if width > 0]
         if not shrinkable:
             raise _impossible(spec, budget, trial, last)
-        chosen[shrinkable[0]] -= 1
+        chosen[shrinkable[0]] = below[shrinkable[0]]
 
 
-def _equal_share(spec: Spec, budget: Budget, widths: Widths, free: list[str], target: float) -> float:
+def _equal_share(
+    spec: Spec, budget: Budget, widths: Widths, free: list[str], target: float
+) -> float:
     """The share of units, equal for all free kinds, whose price is the target."""
     low, high = 0.0, 1.0
     fixed = sizes_of(spec, widths)
     for _ in range(60):
         middle = (low + high) / 2
         soft = {axis.name: middle * axis.size for kind in free for axis in spec.of_kind(kind)}
-        low, high = (middle, high) if price(spec, budget, {**fixed, **soft}) <= target else (low, middle)
+        low, high = (
+            (middle, high) if price(spec, budget, {**fixed, **soft}) <= target else (low, middle)
+        )
     return low
 
 
 def _largest(spec: Spec, budget: Budget, widths: Widths, kind: str, target: float) -> int | None:
     """Largest width of a kind, on its multiple, whose price stays within the target."""
     multiple, most = budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0]
-
 
     def fits(width: int) -> bool:
         sizes = sizes_of(spec, {**widths, kind: [width] * len(spec.blocks)})
@@ -156,9 +167,14 @@ def _largest(spec: Spec, budget: Budget, widths: Widths, kind: str, target: floa
     return best
 
 
-def _round_up(width: float, multiple: int) -> int:
+def _round_up(share: float, most: int, multiple: int) -> int:
     # 1e-9 forgives the last bit of the bisection: 3.0000000001 heads are three heads.
-    return max(multiple, math.ceil(width / multiple - 1e-9) * multiple)
+    # The full width is always allowed, also where it is no multiple.
+    return min(most, max(multiple, math.ceil(share * most / multiple - 1e-9) * multiple))
+
+
+def _next_below(width: int, multiple: int) -> int:
+    return (width - 1) // multiple * multiple
 
 
 def _require_within(spec: Spec, budget: Budget, widths: Widths) -> None:
@@ -175,11 +191,15 @@ def _require_within(spec: Spec, budget: Budget, widths: Widths) -> None:
 
 
 def _impossible(spec: Spec, budget: Budget, widths: Widths, kind: str) -> BudgetError:
-    least = {**widths, kind: [min(budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0])] * len(spec.blocks)}
+    least = {
+        **widths,
+        kind: [min(budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0])]
+        * len(spec.blocks),
+    }
     floor = price(spec, budget, sizes_of(spec, least)) / price(spec, budget)
     return BudgetError(
         "no widths meet the budget",
         given=f"keep {budget.keep} of {budget.of} ({budget.base})",
-        allowed=f"at least {floor:.4f} with one unit of every axis left",
-        fix="raise budget.keep, choose another base, or remove whole blocks",
+        allowed=f"at least {floor:.4f} with the fewest units budget.multiple_of allows",
+        fix="raise budget.keep, lower budget.multiple_of, choose another base, or remove whole blocks",
     )

@@ -40,7 +40,9 @@ class Budget:
             BudgetError: for a share outside (0, 1], unknown names, or widths below one unit.
         """
         if self.keep is None and not self.widths:
-            raise BudgetError("empty budget", given="neither keep nor widths", fix="set budget.keep, e.g. 0.8")
+            raise BudgetError(
+                "empty budget", given="neither keep nor widths", fix="set budget.keep, e.g. 0.8"
+            )
         if self.keep is not None and not (math.isfinite(self.keep) and 0 < self.keep <= 1):
             raise BudgetError(
                 "budget.keep out of range",
@@ -48,9 +50,14 @@ class Budget:
                 allowed="a share in (0, 1]",
                 fix="0.8 keeps 80 % and removes 20 %",
             )
-        for name, value, choices in (("of", self.of, get_args(Quantity)), ("base", self.base, get_args(Base))):
+        for name, value, choices in (
+            ("of", self.of, get_args(Quantity)),
+            ("base", self.base, get_args(Base)),
+        ):
             if value not in choices:
-                raise BudgetError(f"unknown budget.{name}", given=repr(value), allowed=", ".join(choices))
+                raise BudgetError(
+                    f"unknown budget.{name}", given=repr(value), allowed=", ".join(choices)
+                )
         for kind, width in self.widths.items():
             if min(width if isinstance(width, list) else [width], default=0) < 1:
                 raise BudgetError(
@@ -61,7 +68,9 @@ class Budget:
                 )
         for kind, multiple in self.multiple_of.items():
             if multiple < 1:
-                raise BudgetError(f"budget.multiple_of.{kind} too small", given=str(multiple), allowed="1 or more")
+                raise BudgetError(
+                    f"budget.multiple_of.{kind} too small", given=str(multiple), allowed="1 or more"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -69,6 +78,9 @@ class Budget:
             "keep": self.keep,
             "of": self.of,
             "base": self.base,
-            "widths": {kind: list(w) if isinstance(w, list) else w for kind, w in self.widths.items()},
+            "widths": {
+                kind: list(w) if isinstance(w, list) else w for kind, w in self.widths.items()
+            },
             "multiple_of": dict(self.multiple_of),
+            "context": self.context,
         }

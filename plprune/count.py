@@ -85,7 +85,9 @@ def count_params(spec: Spec, sizes: Sizes | None = None) -> Counts:
         prunable = prunable + rows * _extent(spec, name, "in", sizes) + (rows if linear.bias else 0)
     blocks = prunable + spec.block_rest
     outside = blocks + spec.outside_rest
-    return Counts(prunable=prunable, blocks=blocks, non_embedding=outside, model=outside + spec.embedding)
+    return Counts(
+        prunable=prunable, blocks=blocks, non_embedding=outside, model=outside + spec.embedding
+    )
 
 
 def count_flops(spec: Spec, sizes: Sizes | None = None, *, context: int = 2048) -> Counts:
@@ -106,10 +108,15 @@ def count_flops(spec: Spec, sizes: Sizes | None = None, *, context: int = 2048) 
         if linear.roles == ("o",):
             # Scores and weighted sum: 2 FLOPs each for every query entry and context token.
             total = total + 4 * context * cols
-    return Counts(prunable=total, blocks=total, non_embedding=total, model=total + 2 * spec.hidden * spec.head_rows)
+    return Counts(
+        prunable=total,
+        blocks=total,
+        non_embedding=total,
+        model=total + 2 * spec.hidden * spec.head_rows,
+    )
 
 
-def kv_cache_bytes(spec: Spec, sizes: Sizes | None = None, *, itemsize: int = 2) -> Any:  # noqa: ANN401
+def kv_cache_bytes(spec: Spec, sizes: Sizes | None = None, *, itemsize: int = 2) -> Any:
     """KV-cache bytes per token.
 
     Args:
@@ -123,11 +130,13 @@ def kv_cache_bytes(spec: Spec, sizes: Sizes | None = None, *, itemsize: int = 2)
     total: Any = 0
     for axis in spec.of_kind("kv_group"):
         width = spec.blocks[axis.block].head_dim
-        total = total + 2 * width * itemsize * (axis.size if sizes is None else sizes.get(axis.name, axis.size))
+        total = total + 2 * width * itemsize * (
+            axis.size if sizes is None else sizes.get(axis.name, axis.size)
+        )
     return total
 
 
-def price(spec: Spec, budget: Budget, sizes: Sizes | None = None) -> Any:  # noqa: ANN401
+def price(spec: Spec, budget: Budget, sizes: Sizes | None = None) -> Any:
     """The quantity a budget speaks of, at given widths.
 
     Args:
@@ -176,7 +185,10 @@ def tally(model: nn.Module, spec: Spec, *, context: int = 2048) -> Tally:
     linears -= _masked(plain, spec)
     blocks = linears + inside
     params = Counts(
-        prunable=linears, blocks=blocks, non_embedding=blocks + other, model=blocks + other + embedding
+        prunable=linears,
+        blocks=blocks,
+        non_embedding=blocks + other,
+        model=blocks + other + embedding,
     )
     return Tally(
         params=params,
@@ -198,7 +210,7 @@ def _masked(model: nn.Module, spec: Spec) -> int:
     return total
 
 
-def _extent(spec: Spec, module: str, side: Side, sizes: Sizes | None) -> Any:  # noqa: ANN401
+def _extent(spec: Spec, module: str, side: Side, sizes: Sizes | None) -> Any:
     """Entries of one end that stay; axes that cross on it multiply their shares."""
     alive: Any = _alive(spec, module, side)
     extent = alive

@@ -128,12 +128,21 @@ class _BlockReader:
         rep = dims.heads // dims.kv_heads
         q_NE = self._rows("q", dims.heads, dims.head_dim)
         o_NE = torch.arange(dims.heads * dims.head_dim).reshape(dims.heads, dims.head_dim)
-        kv = [self._slice(role, self._rows(role, dims.kv_heads, dims.head_dim)) for role in ("k", "v")]
-        grouped = [self._slice(role, t.reshape(dims.kv_heads, -1)) for role, t in (("q", q_NE), ("o", o_NE))]
+        kv = [
+            self._slice(role, self._rows(role, dims.kv_heads, dims.head_dim)) for role in ("k", "v")
+        ]
+        grouped = [
+            self._slice(role, t.reshape(dims.kv_heads, -1))
+            for role, t in (("q", q_NE), ("o", o_NE))
+        ]
         yield self._axis("kv_group", (*kv, *grouped), torch.zeros(dims.kv_heads, dtype=torch.int64))
         heads = (self._slice("q", q_NE), self._slice("o", o_NE))
         yield self._axis("query_in_group", heads, torch.arange(dims.heads) // rep)
-        mlp = [self._slice(role, self._rows(role, dims.ffn, 1)) for role in ("up", "gate") if role in self.family.roles]
+        mlp = [
+            self._slice(role, self._rows(role, dims.ffn, 1))
+            for role in ("up", "gate")
+            if role in self.family.roles
+        ]
         mlp.append(self._slice("down", torch.arange(dims.ffn)[:, None]))
         yield self._axis("mlp", tuple(mlp), torch.zeros(dims.ffn, dtype=torch.int64))
 
@@ -162,7 +171,9 @@ def _module(root: nn.Module, path: str, family: Family) -> nn.Module:
         ) from error
 
 
-def _fixed_parameters(model: nn.Module, family: Family, linears: dict[str, Linear]) -> tuple[int, int, int]:
+def _fixed_parameters(
+    model: nn.Module, family: Family, linears: dict[str, Linear]
+) -> tuple[int, int, int]:
     """(norms and the like inside blocks, embedding and head, everything else), tied tensors once."""
     inside = embedding = outside = 0
     # named_parameters yields a tied tensor once, under its first name.

@@ -38,7 +38,9 @@ class LogicalMasks:
         for (path, side), dead in spec.dead.items():
             if side == "in":
                 hook = _multiply(~dead)
-                self._handles.append(plain.get_submodule(path).register_forward_pre_hook(hook, prepend=True))
+                self._handles.append(
+                    plain.get_submodule(path).register_forward_pre_hook(hook, prepend=True)
+                )
         _recompile()
 
     def remove(self) -> None:
@@ -50,7 +52,7 @@ class LogicalMasks:
             _recompile()
 
 
-def _multiply(keep_C: Tensor) -> Any:  # noqa: ANN401 - torch's hook type
+def _multiply(keep_C: Tensor) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal keep_C
         x = args[0]

@@ -23,7 +23,7 @@ class Observation:
     """Running statistics of one observation; belongs to the context that made it."""
 
     def __init__(self, taps: Iterable[Tap]) -> None:
-        self.taps = tuple(taps)
+        self.taps = tuple(dict.fromkeys(taps))  # a tap named twice is one tap, not twice the tokens
         self.stats: StatMap = {}
         self.active = True
         self.token_mask: Tensor | None = None
@@ -69,15 +69,19 @@ def observe(model: nn.Module, taps: Iterable[Tap]) -> Iterator[Observation]:
             try:
                 module = plain.get_submodule(tap.module)
             except AttributeError as error:
-                raise PlanError("tap without a module", given=tap.module, allowed="a module of the model") from error
-            handles.append(module.register_forward_pre_hook(_hook(observation, tap), with_kwargs=True))
+                raise PlanError(
+                    "tap without a module", given=tap.module, allowed="a module of the model"
+                ) from error
+            handles.append(
+                module.register_forward_pre_hook(_hook(observation, tap), with_kwargs=True)
+            )
         yield observation
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(observation: Observation, tap: Tap) -> Any:  # noqa: ANN401 - torch's hook type
+def _hook(observation: Observation, tap: Tap) -> Any:
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observation.record(tap, args[0] if args else next(iter(kwargs.values())))
 
@@ -128,7 +132,11 @@ def zeros(model: nn.Module, taps: Iterable[Tap]) -> StatMap:
         taps: where.
 
     Returns:
-        Zero sums of the right sizes.
+        Zero sums of the right sizes, on the devices of the modules.
     """
     plain = unwrap(model)
-    return {tap: tap.stat.zero(shape_of(plain.get_submodule(tap.module))[1]) for tap in taps}
+    modules = {tap: plain.get_submodule(tap.module) for tap in taps}
+    return {
+        tap: tap.stat.zero(shape_of(m)[1], next(m.parameters()).device)
+        for tap, m in modules.items()
+    }

@@ -78,9 +78,13 @@ class Plan:
         digest = hashlib.sha256()
         head = [self.fingerprint, self.method, dict(self.hyper), self.calibration]
         digest.update(json.dumps(head, sort_keys=True, default=str).encode())
-        for edit in sorted(self.edits, key=lambda e: (type(e).__name__, e.axis if isinstance(e, Keep) else e.module)):
+        for edit in sorted(
+            self.edits,
+            key=lambda e: (type(e).__name__, e.axis if isinstance(e, Keep) else e.module),
+        ):
             digest.update(repr((type(edit).__name__, *_names(edit))).encode())
-            for tensor in _tensors(edit):
+            for name, tensor in _tensors(edit):
+                digest.update(repr((name, tuple(tensor.shape))).encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -94,10 +98,12 @@ def _names(edit: Edit) -> tuple[str, ...]:
     return (edit.axis,) if isinstance(edit, Keep) else (edit.module,)
 
 
-def _tensors(edit: Edit) -> tuple[Tensor, ...]:
+def _tensors(edit: Edit) -> tuple[tuple[str, Tensor], ...]:
     if isinstance(edit, Keep):
-        return (edit.kept,)
+        return (("kept", edit.kept),)
     if isinstance(edit, Mask):
-        return (edit.keep,)
+        return (("keep", edit.keep),)
     # bfloat16 has no numpy twin; float32 holds every value of it exactly.
-    return tuple(t.float() for t in (edit.weight, edit.bias) if t is not None)
+    return tuple(
+        (n, t.float()) for n, t in (("weight", edit.weight), ("bias", edit.bias)) if t is not None
+    )

@@ -85,7 +85,11 @@ class Schedule(ABC):
         """
         starts = sorted({0, *(point.step for point in self.points(length))})
         ends = [*starts[1:], length.steps]
-        return tuple(Phase(start=a, steps=b - a, peak=1.0) for a, b in zip(starts, ends, strict=True) if b > a)
+        return tuple(
+            Phase(start=a, steps=b - a, peak=1.0)
+            for a, b in zip(starts, ends, strict=True)
+            if b > a
+        )
 
 
 def at_step(value: float, unit: Unit, length: Length) -> int:
@@ -104,7 +108,9 @@ def at_step(value: float, unit: Unit, length: Length) -> int:
     """
     scale = {"step": 1, "fraction": length.steps, "epoch": length.steps_per_epoch}
     if unit not in scale:
-        raise ConfigError("unknown schedule.unit", given=repr(unit), allowed=", ".join(get_args(Unit)))
+        raise ConfigError(
+            "unknown schedule.unit", given=repr(unit), allowed=", ".join(get_args(Unit))
+        )
     step = round(value * scale[unit])
     if not 0 <= step < length.steps:
         raise ConfigError(
@@ -162,7 +168,8 @@ class Linear(Schedule):
         gaps = max(1, self.cuts - 1)
         steps = [first + round((last - first) * i / gaps) for i in range(self.cuts)]
         return tuple(
-            Point(step=step, progress=self.shape(Fraction(i + 1, self.cuts))) for i, step in enumerate(steps)
+            Point(step=step, progress=self.shape(Fraction(i + 1, self.cuts)))
+            for i, step in enumerate(steps)
         )
 
     def shape(self, share: Fraction) -> Fraction:
@@ -216,7 +223,10 @@ class Explicit(Schedule):
     def points(self, length: Length) -> tuple[Point, ...]:
         """The given cuts."""
         steps = [at_step(value, self.unit, length) for value in self.at]
-        return tuple(Point(step=step, progress=share) for step, share in zip(steps, self.shares(), strict=True))
+        return tuple(
+            Point(step=step, progress=share)
+            for step, share in zip(steps, self.shares(), strict=True)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +310,9 @@ def step_widths(dense: int, target: int, progress: Sequence[Fraction], unit: int
     return widths
 
 
-def cuts(spec: Spec, method: Method, budget: Budget, schedule: Schedule, length: Length) -> tuple[Cut, ...]:
+def cuts(
+    spec: Spec, method: Method, budget: Budget, schedule: Schedule, length: Length
+) -> tuple[Cut, ...]:
     """The cuts of a run.
 
     Args:
@@ -347,8 +359,10 @@ def _widths(
     planned: list[dict[str, int | list[int]]] = [{} for _ in progress]
     for kind, per_block in target.items():
         dense = units_per_group(spec, kind)
-        entries = [1 if kind == "mlp" else next(p for p in a.slices if p.side == "in").index.shape[1]
-                   for a in spec.of_kind(kind)]
+        entries = [
+            1 if kind == "mlp" else next(p for p in a.slices if p.side == "in").index.shape[1]
+            for a in spec.of_kind(kind)
+        ]
         paths = [
             step_widths(have, want, progress, unit)
             for have, want, unit in zip(dense, per_block, entries, strict=True)
@@ -374,7 +388,9 @@ def _first(value: object) -> object:
     return value[0] if isinstance(value, list) else value
 
 
-def learning_rate(step: int, phases: Sequence[Phase], *, warmup: float = 0.1, floor: float = 0.0) -> float:
+def learning_rate(
+    step: int, phases: Sequence[Phase], *, warmup: float = 0.1, floor: float = 0.0
+) -> float:
     """Learning rate relative to the base: in each phase a linear warm-up to its peak, then a cosine.
 
     Args:
@@ -407,7 +423,10 @@ def table(planned: Sequence[Cut]) -> list[tuple[str, ...]]:
     rows = [("cut", "step", "target")]
     for number, cut in enumerate(planned, start=1):
         widths = {kind: _span(value) for kind, value in cut.budget.widths.items()}
-        target = ", ".join(f"{kind} {text}" for kind, text in widths.items()) or f"keep {cut.budget.keep:.4f}"
+        target = (
+            ", ".join(f"{kind} {text}" for kind, text in widths.items())
+            or f"keep {cut.budget.keep:.4f}"
+        )
         rows.append((str(number), str(cut.step), target))
     return rows
 

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from plprune.errors import PlanError
+
 Side = Literal["in", "out"]
 Entry = tuple[str, Side]
 """(module path, side): one end of one linear."""
@@ -123,7 +125,10 @@ class Spec:
     @property
     def fingerprint(self) -> str:
         """16 hex digits over names, logical shapes and surviving units; equal for masked and cut models."""
-        axes = {name: [axis.dense_size, axis.origin.tolist()] for name, axis in sorted(self.axes.items())}
+        axes = {
+            name: [axis.dense_size, axis.origin.tolist()]
+            for name, axis in sorted(self.axes.items())
+        }
         value = [self.family, self.hidden, [vars(block) for block in self.blocks], axes]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -142,7 +147,9 @@ class Spec:
     def structure(self) -> dict[str, list[int]]:
         """Kept units in dense coordinates of every axis that lost some, JSON-able."""
         return {
-            name: axis.origin.tolist() for name, axis in self.axes.items() if axis.size < axis.dense_size
+            name: axis.origin.tolist()
+            for name, axis in self.axes.items()
+            if axis.size < axis.dense_size
         }
 
     def cut(self, lowered: Lowered, *, physical: bool) -> Spec:
@@ -154,12 +161,18 @@ class Spec:
 
         Returns:
             The new spec; with `physical` all coordinates are those of the smaller tensors.
+
+        Raises:
+            PlanError: if the units of an axis would keep different numbers of entries.
         """
         keep = dict(lowered)
         for entry, dead in self.dead.items():
             keep[entry] = keep.get(entry, torch.ones_like(dead)) & ~dead
         axes = {name: _cut_axis(axis, keep, physical) for name, axis in self.axes.items()}
-        linears = {n: _cut_linear(linear, keep) if physical else linear for n, linear in self.linears.items()}
+        linears = {
+            n: _cut_linear(linear, keep) if physical else linear
+            for n, linear in self.linears.items()
+        }
         return replace(
             self,
             axes=axes,
@@ -182,7 +195,9 @@ def summary(spec: Spec) -> dict[str, Any]:
 def _cut_axis(axis: Axis, keep: Lowered, physical: bool) -> Axis:
     anchor = axis.slices[0]
     mask = keep.get((anchor.module, anchor.side))
-    alive_U = torch.ones(axis.size, dtype=torch.bool) if mask is None else mask[anchor.index].all(dim=1)
+    alive_U = (
+        torch.ones(axis.size, dtype=torch.bool) if mask is None else mask[anchor.index].all(dim=1)
+    )
     slices = tuple(_cut_slice(piece, keep, alive_U, physical) for piece in axis.slices)
     return replace(axis, slices=slices, origin=axis.origin[alive_U], group=axis.group[alive_U])
 
@@ -194,8 +209,13 @@ def _cut_slice(piece: Slice, keep: Lowered, alive_U: Tensor, physical: bool) -> 
         return replace(piece, index=index)
     kept = mask[index]
     counts = kept.sum(dim=1)
-    # Groups keep equal counts, so the table stays a rectangle; anything else is our bug.
-    assert len(counts) == 0 or bool((counts == counts[0]).all()), f"ragged units in {piece.module}"
+    if len(counts) and not bool((counts == counts[0]).all()):
+        raise PlanError(
+            "units would keep uneven groups",
+            given=f"{int(counts.min())} to {int(counts.max())} entries a unit at {piece.module} ({piece.side})",
+            allowed="the same number in every unit",
+            fix="keep equally many units in every group, and drop what reads a dropped unit with it",
+        )
     index = index[kept].reshape(len(index), -1)
     if physical:
         index = (mask.cumsum(0) - 1)[index]
@@ -214,6 +234,10 @@ def _cut_linear(linear: Linear, keep: Lowered) -> Linear:
 def _dims(block: BlockDims, number: int, axes: Mapping[str, Axis]) -> BlockDims:
     own = {axis.kind: axis for axis in axes.values() if axis.block == number}
     kv = own["kv_group"].size if "kv_group" in own else block.kv_heads
-    heads = own["query_in_group"].size if "query_in_group" in own else kv * (block.heads // block.kv_heads)
+    heads = (
+        own["query_in_group"].size
+        if "query_in_group" in own
+        else kv * (block.heads // block.kv_heads)
+    )
     ffn = own["mlp"].size if "mlp" in own else block.ffn
     return replace(block, heads=heads, kv_heads=kv, ffn=ffn)

@@ -75,7 +75,11 @@ def _candidates(root: nn.Module) -> dict[str, nn.Module]:
             continue
         plain = unwrap(module)
         config = getattr(plain, "config", None)
-        if config is None or not hasattr(config, "model_type") or not hasattr(plain, "get_input_embeddings"):
+        if (
+            config is None
+            or not hasattr(config, "model_type")
+            or not hasattr(plain, "get_input_embeddings")
+        ):
             continue
         found[name] = module
         inside.update(id(child) for child in module.modules())

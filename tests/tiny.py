@@ -10,6 +10,7 @@ code which mixes the two up fails.
 from __future__ import annotations
 
 import functools
+import types
 from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -125,7 +126,16 @@ def model(name: str = "llama-gqa", *, dtype: torch.dtype = torch.float64, seed: 
     with torch.random.fork_rng(devices=[]):
         made = AutoModelForCausalLM.from_config(config(name, **changes)).eval()
     made.generation_config.pad_token_id = 0
-    return randomise(made, seed).to(dtype)
+    randomise(made, seed).to(dtype)
+    for module in made.modules() if dtype == torch.float64 else ():
+        if type(module).__name__ == "Gemma3RMSNorm":
+            module.forward = types.MethodType(_gemma_norm, module)
+    return made
+
+
+def _gemma_norm(self: Any, x: Tensor) -> Tensor:
+    """Gemma's norm in the dtype of its input: the stock one sums over heads in float32, also gradients."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
 
 
 def meta(name: str = "llama-gqa", **changes: Any) -> Any:

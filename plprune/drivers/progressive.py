@@ -62,7 +62,10 @@ class Progressive:
             plan: made by `decide`.
         """
         if any(not isinstance(edit, Keep) for edit in plan.edits):
-            raise PlanError("only kept units can be masked", given=f"a plan of {plan.method} that writes weights")
+            raise PlanError(
+                "only kept units can be masked",
+                given=f"a plan of {plan.method} that writes weights",
+            )
         self.spec = self.spec.cut(lower(plan, self.spec), physical=False)
         self.masks.attach(self.model, self.spec)
 
@@ -187,7 +190,9 @@ def probe_loss(model: nn.Module, batch: Batch) -> float:
     plain.eval()
     device = next(plain.parameters()).device
     inputs: dict[str, Tensor] = {
-        key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask")
+        key: value.to(device)
+        for key, value in batch.items()
+        if key in ("input_ids", "attention_mask")
     }
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         loss = plain(**inputs, labels=inputs["input_ids"], use_cache=False).loss
@@ -204,9 +209,9 @@ def score_summary(plan: Plan, spec: Spec) -> list[dict[str, Any]]:
         spec: it was made for.
 
     Returns:
-        Plain dicts: axis, kind, block, units, quantiles (0, 10, 25, 50, 75, 90, 100 %), threshold.
+        Plain dicts: axis, kind, block, units, quantiles (0, 5, 25, 50, 75, 95, 100 %), threshold.
     """
-    points = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0], dtype=torch.float64)
+    points = torch.tensor([0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0], dtype=torch.float64)
     kept = {edit.axis: edit.kept for edit in plan.edits if isinstance(edit, Keep)}
     rows = []
     for name, score_U in plan.scores.items():

@@ -50,7 +50,10 @@ def calibrate(
     taps = method.taps(spec)
     if not batches:
         raise DataError(
-            "empty calibration set", given="0 batches", allowed="at least 1", fix="set data.calibration_samples"
+            "empty calibration set",
+            given="0 batches",
+            allowed="at least 1",
+            fix="set data.calibration_samples",
         )
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -61,7 +64,11 @@ def calibrate(
     with torch.no_grad(), observe(model, taps) as seen, torch.compiler.set_stance("force_eager"):
         for number, batch in enumerate(batches):
             digest.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
-            inputs = {key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+            inputs = {
+                key: value.to(device)
+                for key, value in batch.items()
+                if key in ("input_ids", "attention_mask")
+            }
             seen.token_mask = token_mask(inputs, method.skip_first_tokens)
             plain(**inputs, use_cache=False, **_no_logits(plain))
             if progress is not None:
@@ -73,7 +80,9 @@ def calibrate(
     return to_cpu(stats), digest.hexdigest()
 
 
-def decide(model: nn.Module, spec: Spec, method: Method, budget: Budget, seen: tuple[StatMap, str]) -> Plan:
+def decide(
+    model: nn.Module, spec: Spec, method: Method, budget: Budget, seen: tuple[StatMap, str]
+) -> Plan:
     """Ask the method for a plan and make sure all ranks agree.
 
     Args:
@@ -94,7 +103,9 @@ def decide(model: nn.Module, spec: Spec, method: Method, budget: Budget, seen: t
         return tensor.T if is_conv1d(base) else tensor
 
     stats, calibration = seen
-    return dist.agree(method.plan(View(spec=spec, stats=stats, weight=weight, calibration=calibration), budget))
+    return dist.agree(
+        method.plan(View(spec=spec, stats=stats, weight=weight, calibration=calibration), budget)
+    )
 
 
 def token_mask(inputs: Batch, skip_first: int) -> Tensor | None:

@@ -20,7 +20,7 @@ __all__ = ["FAMILIES", "Family", "Projection", "of"]
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, PHI3, OPT, GPT_NEOX)
 
 
-def of(config: Any) -> Family:  # noqa: ANN401 - any HF config, or None
+def of(config: Any) -> Family:
     """Family of a Hugging Face config.
 
     Args:

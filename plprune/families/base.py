@@ -47,7 +47,11 @@ class Family:
     """Attribute of the attention module that holds the width of one head."""
     dims: Mapping[str, str] = field(
         default_factory=lambda: MappingProxyType(
-            {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "ffn": "intermediate_size"}
+            {
+                "heads": "num_attention_heads",
+                "kv_heads": "num_key_value_heads",
+                "ffn": "intermediate_size",
+            }
         )
     )
     """Config attributes that hold the number of query heads, KV heads and MLP channels."""

@@ -13,7 +13,10 @@ GPT_NEOX = Family(
     attention="attention",
     roles=MappingProxyType(
         {
-            **{role: Projection(path="attention.query_key_value", parts=_QKV, interleaved=True) for role in _QKV},
+            **{
+                role: Projection(path="attention.query_key_value", parts=_QKV, interleaved=True)
+                for role in _QKV
+            },
             "o": Projection(path="attention.dense"),
             "up": Projection(path="mlp.dense_h_to_4h"),
             "down": Projection(path="mlp.dense_4h_to_h"),
@@ -22,7 +25,11 @@ GPT_NEOX = Family(
     embed="gpt_neox.embed_in",
     head_dim="head_size",
     dims=MappingProxyType(
-        {"heads": "num_attention_heads", "kv_heads": "num_attention_heads", "ffn": "intermediate_size"}
+        {
+            "heads": "num_attention_heads",
+            "kv_heads": "num_attention_heads",
+            "ffn": "intermediate_size",
+        }
     ),
     # The stock class derives the head width from hidden_size / num_attention_heads.
     head_rule="fixed",

@@ -20,7 +20,9 @@ OPT = Family(
         }
     ),
     embed="model.decoder.embed_tokens",
-    dims=MappingProxyType({"heads": "num_attention_heads", "kv_heads": "num_attention_heads", "ffn": "ffn_dim"}),
+    dims=MappingProxyType(
+        {"heads": "num_attention_heads", "kv_heads": "num_attention_heads", "ffn": "ffn_dim"}
+    ),
     counters=MappingProxyType({"self_attn": MappingProxyType({"num_heads": "heads"})}),
     # The stock class derives the head width from hidden_size / num_attention_heads.
     head_rule="fixed",

@@ -22,7 +22,11 @@ PHI3 = Family(
     ),
     embed="model.embed_tokens",
     counters=MappingProxyType(
-        {"self_attn": MappingProxyType({"num_key_value_groups": "rep", "num_key_value_heads": "kv_heads"})}
+        {
+            "self_attn": MappingProxyType(
+                {"num_key_value_groups": "rep", "num_key_value_heads": "kv_heads"}
+            )
+        }
     ),
     # The split of qkv reads config.num_attention_heads in every forward.
     config_readers=("self_attn",),

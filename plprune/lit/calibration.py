@@ -15,7 +15,9 @@ from plprune.errors import DataError
 log = logging.getLogger(__name__)
 
 
-def batches_of(trainer: Trainer, given: Iterable[Batch] | None, cut: int, *, fixed: bool) -> Sequence[Batch]:
+def batches_of(
+    trainer: Trainer, given: Iterable[Batch] | None, cut: int, *, fixed: bool
+) -> Sequence[Batch]:
     """Calibration batches of one cut.
 
     Args:
@@ -33,7 +35,9 @@ def batches_of(trainer: Trainer, given: Iterable[Batch] | None, cut: int, *, fix
     if given is not None:
         batches = list(given)
     elif has_source(trainer):
-        batches = list(trainer.datamodule.calibration_batches(cut, fixed))  # type: ignore[attr-defined]
+        # The whole set, equal everywhere; each rank runs its share and sums are reduced.
+        whole = list(trainer.datamodule.calibration_batches(cut, fixed))  # type: ignore[attr-defined]
+        batches = whole[trainer.global_rank :: trainer.world_size]
     else:
         batches = []
     if not batches or not all("input_ids" in batch for batch in batches):

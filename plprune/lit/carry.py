@@ -33,7 +33,9 @@ class CarryIO(_WrappingCheckpointIO):
         super().__init__(inner)
         self.parts: dict[str, tuple[Save, Load]] = {}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:  # noqa: ANN401
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Save through the wrapped IO, then the sidecar; both appear under their name only when complete."""
         checkpoint[KEY] = {key: save() for key, (save, _) in self.parts.items()}
         self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
@@ -41,11 +43,11 @@ class CarryIO(_WrappingCheckpointIO):
         if structure is not None and "://" not in str(path):
             write_atomic(Path(f"{path}{SIDECAR}"), json.dumps(structure, indent=1))
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load through the wrapped IO."""
         return self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
 
-    def remove_checkpoint(self, path: Any) -> None:  # noqa: ANN401
+    def remove_checkpoint(self, path: Any) -> None:
         """Remove the checkpoint and its sidecar."""
         self.checkpoint_io.remove_checkpoint(path)
         Path(f"{path}{SIDECAR}").unlink(missing_ok=True)
@@ -82,7 +84,9 @@ def release(module: LightningModule) -> None:
     module.__dict__.pop("on_load_checkpoint", None)
 
 
-def _load_parts(carried: CarryIO, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+def _load_parts(
+    carried: CarryIO, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]
+) -> None:
     parts = checkpoint.get(KEY, {})
     for key, (_, load) in carried.parts.items():
         load(parts.get(key))

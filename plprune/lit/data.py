@@ -6,6 +6,7 @@ Everything is tokenised once, when the data module is set up, and kept in memory
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -99,6 +100,8 @@ class LitTokens(LightningDataModule):
         self._tokenizer: Any = None
         self._training: Training | None = None
         self._windows: Windows | None = None
+        self._loader: TokenLoader | None = None
+        self._position: dict[str, int] | None = None
 
     def prepare_data(self) -> None:
         """On one process per machine: check the tokenizer and fetch what comes from the hub."""
@@ -109,7 +112,10 @@ class LitTokens(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what a stage needs: "fit" all, the others the validation windows."""
+        # Lightning advises more workers for every loader; tokens in memory are not read by any.
+        warnings.filterwarnings("ignore", message=".*dataloader' does not have many workers.*")
         if stage in ("fit", None):
+            self._loader = self._position = None  # of an earlier run
             self.training()
         if self.corpus.val is not None:
             self.windows()
@@ -135,15 +141,20 @@ class LitTokens(LightningDataModule):
     def train_dataloader(self) -> TokenLoader:
         """Batches in a seeded order per epoch; resumes where a checkpoint left it."""
         rank, world = self._rank_and_world()
-        trainer = self.trainer
-        return TokenLoader(
+        loader = TokenLoader(
             self.training().blocks,
             self.batch_size,
             seed=self.corpus.seed,
             rank=rank,
             world_size=world,
-            consumed=None if trainer is None else self._finished_batches,
+            progress=None if self.trainer is None else self._progress,
         )
+        if self._loader is not None:  # reload_dataloaders_every_n_epochs
+            self._position = self._loader.state_dict()
+        if self._position is not None:
+            loader.load_state_dict(self._position)
+        self._loader, self._position = loader, None
+        return loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The windows in order, or no loader without `val`; each process takes its share."""
@@ -170,7 +181,9 @@ class LitTokens(LightningDataModule):
                 allowed=f"a multiple of {sampler.share[1]}",
                 fix=f"set `data.val_windows: {len(rows) - left_over or sampler.share[1]}`",
             )
-        return DataLoader(rows, self.val_batch_size, sampler=sampler, collate_fn=collated)
+        # By keyword: Lightning makes the loader again to predict, and cannot with a positional one.
+        batch_size = self.val_batch_size
+        return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collated)
 
     def _rank_and_world(self) -> tuple[int | None, int | None]:
         """Share of this process under the trainer's strategy; None without a trainer."""
@@ -179,11 +192,11 @@ class LitTokens(LightningDataModule):
         share = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return int(share["rank"]), int(share["num_replicas"])
 
-    def _finished_batches(self) -> int:
-        """Batches of the running epoch that the trainer has worked off."""
+    def _progress(self) -> tuple[int, bool]:
+        """Batches that the trainer fetched but has not worked off, and whether its epoch is over."""
         assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return int(progress.processed)
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.current.ready - progress.current.processed, progress.is_last_batch
 
     def calibration_batches(self, step: int, fixed: bool = False) -> list[Batch]:
         """Draw a calibration set.
@@ -217,22 +230,34 @@ class LitTokens(LightningDataModule):
         return describe_data(self.corpus, self.training(), windows)
 
     def state_dict(self) -> dict[str, Any]:
-        """The hash of the training blocks, so that a run cannot go on with other data."""
-        return {} if self._training is None else {"train_sha256": self._training.sha256}
+        """Position in the training data, and their hash.
+
+        Lightning saves the position with its loops too, but does not hand it back when the epoch
+        was over, or when `configure_optimizers` asked for `estimated_stepping_batches`.
+        """
+        if self._training is None or self._loader is None:
+            return {}
+        return {"train_sha256": self._training.sha256, "position": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the training blocks with those of the checkpoint.
+        """Go to a saved position.
 
         Raises:
-            CheckpointError: they differ.
+            CheckpointError: it is inside an epoch over other training blocks.
         """
-        saved = state_dict.get("train_sha256")
-        here = self.state_dict().get("train_sha256")
-        if saved is not None and here is not None and saved != here:
+        if self._training is None:  # not a training run
+            return
+        saved, position = state_dict["train_sha256"], state_dict["position"]
+        if saved != self._training.sha256 and position["batch"] > 0:
             raise CheckpointError(
-                "the checkpoint was trained on other data",
-                given=f"training tokens {here[:16]}",
-                allowed=saved[:16],
+                "the checkpoint is inside an epoch over other data",
+                given=f"training tokens with hash {self._training.sha256[:16]}",
+                allowed=f"{saved[:16]}, as in the checkpoint",
                 fix="resume with the sources, tokenizer and lengths of the checkpoint, or start a "
                 "new run from its weights",
             )
+        # The loader is there already if the learning-rate schedule asked for the number of steps.
+        if self._loader is None:
+            self._position = position
+        else:
+            self._loader.load_state_dict(position)

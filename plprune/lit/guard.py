@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from plprune.errors import ConfigError, PlanError
 from plprune.schedule import Length
 
-_COPIES = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging", "ModelPruning", "EMA")
+_COPIES = (
+    "StochasticWeightAveraging",
+    "WeightAveraging",
+    "EMAWeightAveraging",
+    "ModelPruning",
+    "EMA",
+)
 """Callbacks that keep copies or masks of parameters in their first shape."""
 
 
@@ -40,6 +46,18 @@ def refuse_conflicts(trainer: Trainer) -> None:
             )
 
 
+def ensure_model(module: LightningModule) -> None:
+    """Let a module that builds its model in `configure_model` build it now.
+
+    Callbacks are set up before the module; adapters and descriptions need the model. Lightning asks
+    `configure_model` to be idempotent, so the later call does no harm.
+
+    Args:
+        module: the user's module.
+    """
+    module.configure_model()
+
+
 def length_of(trainer: Trainer) -> Length:
     """Length of a run in optimizer steps.
 
@@ -61,7 +79,11 @@ def length_of(trainer: Trainer) -> Length:
             fix="set trainer.max_steps or trainer.max_epochs",
         )
     batches = trainer.num_training_batches
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else int(steps)
+    per_epoch = (
+        math.ceil(batches / trainer.accumulate_grad_batches)
+        if math.isfinite(batches)
+        else int(steps)
+    )
     return Length(steps=int(steps), steps_per_epoch=max(1, per_epoch))
 
 
@@ -120,3 +142,11 @@ class RandomState:
     def from_dict(cls, state: Mapping[str, Any]) -> RandomState:
         """Back from a checkpoint."""
         return cls(cpu=state["cpu"].cpu(), cuda=list(state["cuda"]), python=list(state["python"]))
+
+
+def progressive_of(trainer: Trainer) -> Any:
+    """Pruning state of a run (`plprune.drivers.progressive.Progressive`), or None without a pruning callback."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next(
+        (c.progressive for c in callbacks if getattr(c, "progressive", None) is not None), None
+    )

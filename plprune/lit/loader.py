@@ -49,7 +49,9 @@ class RankSampler(DistributedSampler[int]):
     The order of an epoch is cut to whole global batches, and each rank takes every `world_size`-th
     of it: whatever the number of ranks, the n-th global batch holds the same blocks.
 
-    Being a `DistributedSampler` tells Lightning that the sharding is done: it injects none.
+    Being a `DistributedSampler` tells Lightning that the sharding is done: it injects none. The
+    epoch that Lightning announces with `set_epoch` is kept in `hint` and does not change the order:
+    after some restarts Lightning counts an epoch in which it asked for no batch.
 
     Args:
         rows: the data set.
@@ -72,6 +74,7 @@ class RankSampler(DistributedSampler[int]):
     ) -> None:
         super().__init__(rows, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
         self.rows, self.multiple = rows, multiple
+        self.hint: int | None = None
         self._given = None if rank is None or world_size is None else (rank, world_size)
 
     @property
@@ -83,6 +86,10 @@ class RankSampler(DistributedSampler[int]):
         if dist.is_available() and dist.is_initialized():
             return dist.get_rank(), dist.get_world_size()
         return 0, 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Note the epoch that the trainer announces."""
+        self.hint = epoch
 
     def __len__(self) -> int:
         return len(self.rows) // (self.multiple * self.share[1]) * self.multiple
@@ -98,8 +105,8 @@ class TokenLoader(DataLoader[Batch]):
     """Batches of blocks in a seeded order per epoch, with a position that can be saved.
 
     Each epoch ends with the last full global batch (`batch_size` times the number of ranks); the
-    few blocks that are left over are others in every epoch. Iterated without a trainer, each pass
-    is the next epoch.
+    few blocks that are left over are others in every epoch. Each iterator is the next epoch, with
+    or without a trainer; a trainer that starts a new run starts with epoch 0 again.
 
     Args:
         dataset: the blocks, Long[N, T] or with an attention mask.
@@ -108,9 +115,10 @@ class TokenLoader(DataLoader[Batch]):
         shuffle: default yes; no: the order of the text in every epoch.
         rank: this process. Default: asked of torch.distributed when first needed.
         world_size: number of processes that share the data. Default: likewise.
-        consumed: returns how many batches of the running epoch the training has finished. A state
-            saved while a batch is being worked on then counts that batch as not seen. Default: a
-            batch handed out is a batch seen.
+        progress: returns how many of the batches handed out are not worked off, and whether the
+            last one was the last of its epoch. A state saved in the middle of a step then counts
+            that batch as not seen, and an epoch cut short by `limit_train_batches` as over.
+            Default: a batch handed out is worked off, and an epoch is over after `len(loader)`.
         **lightning: Lightning rebuilds a loader from its attributes to replace the sampler, for
             `overfit_batches` for example. Of these only `sampler` is used.
 
@@ -128,17 +136,17 @@ class TokenLoader(DataLoader[Batch]):
         shuffle: bool = True,
         rank: int | None = None,
         world_size: int | None = None,
-        consumed: Callable[[], int] | None = None,
+        progress: Callable[[], tuple[int, bool]] | None = None,
         **lightning: Any,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("batch_size out of range", given=str(batch_size), allowed=">= 1")
         rows = dataset if isinstance(dataset, TokenRows) else TokenRows(as_blocks(dataset))
         # Public, under the names of the arguments: Lightning rebuilds a loader from them.
-        self.seed, self.shuffle, self.consumed = seed, shuffle, consumed
+        self.seed, self.shuffle, self.progress = seed, shuffle, progress
         self.rank, self.world_size = rank, world_size
         self._resume: tuple[int, int] | None = None
-        self._seen = (0, 0)  # epoch, batches of it that were handed out
+        self._seen: tuple[int, int] | None = None  # epoch, batches of it that were handed out
         sampler = lightning.get("sampler")
         if sampler is None:
             sampler = RankSampler(
@@ -161,11 +169,6 @@ class TokenLoader(DataLoader[Batch]):
         )
 
     @property
-    def epoch(self) -> int:
-        """Number of the epoch that comes next or is under way, from 0."""
-        return int(getattr(self.sampler, "epoch", 0))
-
-    @property
     def global_batch(self) -> int:
         """Blocks of a batch over all ranks."""
         world = self.sampler.share[1] if isinstance(self.sampler, RankSampler) else 1
@@ -176,7 +179,7 @@ class TokenLoader(DataLoader[Batch]):
         if batches == 0:
             raise DataError(
                 "not one full training batch",
-                given=f"{self._identity()['blocks']} blocks, {self.global_batch} a step over all ranks",
+                given=f"{self._identity()['blocks']} blocks, {self.global_batch} a global batch",
                 allowed=f"at least {self.global_batch} blocks",
                 fix="use more text, shorter blocks or a smaller `batch_size`",
             )
@@ -184,50 +187,58 @@ class TokenLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator: nothing is decided before the first batch is asked for. Lightning makes its
-        # iterator first and sets the epoch afterwards.
-        total, epoch = len(self), self.epoch
-        resume, self._resume = self._resume, None
-        start = resume[1] if resume is not None and resume[0] == epoch else 0
-        self._seen = (epoch, start)
+        # iterator first, then announces the epoch, and may load a state in between.
+        epoch, start = self._start()
+        self._resume, self._seen = None, (epoch, start)
+        if isinstance(self.sampler, RankSampler):
+            self.sampler.epoch, self.sampler.hint = epoch, None
         for number, batch in enumerate(super().__iter__()):
-            if number < start:
-                continue
-            self._seen = (epoch, number + 1)
-            yield batch
-        if self._seen == (epoch, total):
-            self._set_epoch(epoch + 1)
+            # Batches seen before are read and dropped: microseconds each, in any sampler's order.
+            if number >= start:
+                self._seen = (epoch, number + 1)
+                yield batch
+
+    def _start(self) -> tuple[int, int]:
+        """Epoch and batch at which the next iterator starts."""
+        hint = self.sampler.hint if isinstance(self.sampler, RankSampler) else None
+        if self._resume is not None:
+            return self._resume
+        if self._seen is None or hint == 0:  # a new run
+            return hint or 0, 0
+        epoch, batch = self._seen
+        return epoch + (batch > 0), 0
 
     def state_dict(self) -> dict[str, int]:
         """Position and what it depends on, as plain integers."""
-        epoch = self.epoch
-        at, done = self._seen if self._resume is None else self._resume
-        done = done if at == epoch else 0
-        if self.consumed is not None:
-            done = min(done, self.consumed())
-        return {"epoch": epoch, "batch": done, **self._identity()}
+        if self._resume is not None or self._seen is None:
+            epoch, batch = self._start()
+        else:
+            epoch, batch = self._seen
+            waiting, last = (0, False) if self.progress is None else self.progress()
+            batch = max(batch - waiting, 0)
+            if batch == len(self) or (last and waiting == 0 and batch > 0):
+                epoch, batch = epoch + 1, 0
+        return {"epoch": epoch, "batch": batch, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go to a saved position; the next iterator starts there if it is for the same epoch.
+        """Go to a saved position: the next iterator starts there.
+
+        At the start of an epoch any order of blocks will do, inside of one it must be the same.
 
         Raises:
             CheckpointError: the position belongs to another order of blocks.
         """
         for name, here in self._identity().items():
             saved = state_dict[name]
-            if saved != here:
+            if saved != here and state_dict["batch"] > 0:
                 raise CheckpointError(
                     "the position in the training data cannot be restored",
-                    given=f"{name} {here}, but {saved} in the checkpoint",
-                    allowed=f"{name} {saved}",
+                    given=f"{name} {here}",
+                    allowed=f"{name} {saved}, as in the checkpoint",
                     fix="resume with the data, seed and batch_size x processes of the checkpoint, "
                     "or start a new run from its weights",
                 )
         self._resume = (state_dict["epoch"], state_dict["batch"])
-        self._set_epoch(state_dict["epoch"])
-
-    def _set_epoch(self, epoch: int) -> None:
-        if isinstance(self.sampler, DistributedSampler):
-            self.sampler.set_epoch(epoch)
 
     def _identity(self) -> dict[str, int]:
         """What two loaders must share for a position to mean the same."""

@@ -21,7 +21,9 @@ from plprune.unwrap import unwrap
 class Adapter(Protocol):
     """How one strategy takes weights and moments out of its wrapper and puts smaller ones back."""
 
-    def recut(self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool) -> Applied:
+    def recut(
+        self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool
+    ) -> Applied:
         """Commit a cut in place; collective on all ranks."""
         ...
 
@@ -30,7 +32,9 @@ class Adapter(Protocol):
 class SingleDevice:
     """One process: swap parameters and cut the state of the same optimizer object."""
 
-    def recut(self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool) -> Applied:
+    def recut(
+        self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool
+    ) -> Applied:
         """Commit a cut; learning rates and schedulers keep referring to the same optimizer groups."""
         applied = commit(model, spec, lowered)
         for optimizer in trainer.strategy.optimizers:
@@ -51,7 +55,10 @@ def adapter_for(strategy: Strategy) -> Adapter:
     Raises:
         ConfigError: if the strategy cannot be cut during `fit`.
     """
-    if type(strategy) is SingleDeviceStrategy or type(strategy).__name__ == "SingleDeviceXLAStrategy":
+    if (
+        type(strategy) is SingleDeviceStrategy
+        or type(strategy).__name__ == "SingleDeviceXLAStrategy"
+    ):
         return SingleDevice()
     raise ConfigError(
         "this strategy cannot be cut during fit",
@@ -61,7 +68,9 @@ def adapter_for(strategy: Strategy) -> Adapter:
     )
 
 
-def recut(trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool = False) -> Applied:
+def recut(
+    trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool = False
+) -> Applied:
     """Commit a cut inside `fit` at an optimizer-step boundary and check that nothing was lost.
 
     Args:
@@ -81,12 +90,22 @@ def recut(trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, r
     optimizers = trainer.strategy.optimizers
     if not reset:
         _require_sliceable(optimizers, unwrap(model), spec, lowered)
-    before = [[(group["lr"], len(group["params"])) for group in optimizer.param_groups] for optimizer in optimizers]
+    before = [
+        [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
     steps = trainer.global_step
     applied = adapter.recut(trainer, model, spec, lowered, reset=reset)
-    after = [[(g["lr"], len(g["params"])) for g in optimizer.param_groups] for optimizer in trainer.strategy.optimizers]
+    after = [
+        [(g["lr"], len(g["params"])) for g in optimizer.param_groups]
+        for optimizer in trainer.strategy.optimizers
+    ]
     if before != after or steps != trainer.global_step:
-        raise PlanError("a cut changed learning rates, groups or counters", given=str(after), allowed=str(before))
+        raise PlanError(
+            "a cut changed learning rates, groups or counters",
+            given=str(after),
+            allowed=str(before),
+        )
     assert_consistent(cast(LightningModule, trainer.lightning_module), trainer.strategy.optimizers)
     assert_shapes(model, applied.spec)
     return applied
@@ -118,7 +137,9 @@ def assert_consistent(module: nn.Module, optimizers: list[Any]) -> None:
             for parameter in group["params"]:
                 owned[id(parameter)] = owned.get(id(parameter), 0) + 1
     wrong = [
-        name for name, p in module.named_parameters() if p.requires_grad and owned.pop(id(p), 0) != 1
+        name
+        for name, p in module.named_parameters()
+        if p.requires_grad and owned.pop(id(p), 0) != 1
     ]
     known = {id(p) for p in module.parameters()}
     stale = [key for key in owned if key not in known]
@@ -153,7 +174,9 @@ def assert_shapes(model: nn.Module, spec: Spec) -> None:
     for name, linear in spec.linears.items():
         found = shape_of(plain.get_submodule(name))
         if found != (linear.rows, linear.cols):
-            raise PlanError(f"{name} was not cut", given=str(found), allowed=str((linear.rows, linear.cols)))
+            raise PlanError(
+                f"{name} was not cut", given=str(found), allowed=str((linear.rows, linear.cols))
+            )
 
 
 def rebuild_optimizers(trainer: Trainer) -> None:
@@ -175,5 +198,7 @@ def rebuild_optimizers(trainer: Trainer) -> None:
                     optimizer.state[parameter] = kept[parameter]
     for config, position in zip(strategy.lr_scheduler_configs, positions, strict=True):
         config.scheduler.load_state_dict(position)
-        for group, rate in zip(config.scheduler.optimizer.param_groups, config.scheduler.get_last_lr(), strict=True):
+        for group, rate in zip(
+            config.scheduler.optimizer.param_groups, config.scheduler.get_last_lr(), strict=True
+        ):
             group["lr"] = rate

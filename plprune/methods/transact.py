@@ -86,24 +86,43 @@ class TransAct(Method):
         Raises:
             ConfigError: for an unknown choice, a negative number, or nothing to cut.
         """
-        for name, choices in (("attention", get_args(Attention)), ("head_score", get_args(HeadScore))):
+        for name, choices in (
+            ("attention", get_args(Attention)),
+            ("head_score", get_args(HeadScore)),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
-                    f"unknown method.{name}", given=repr(getattr(self, name)), allowed=", ".join(choices)
+                    f"unknown method.{name}",
+                    given=repr(getattr(self, name)),
+                    allowed=", ".join(choices),
                 )
         if self.attention == "none" and not self.mlp:
-            raise ConfigError("nothing to cut", given="attention: none and mlp: false", fix="set mlp: true")
+            raise ConfigError(
+                "nothing to cut", given="attention: none and mlp: false", fix="set mlp: true"
+            )
         if self.skip_first_tokens < 0 or (self.alpha is not None and self.alpha < 0):
-            raise ConfigError("negative method setting", given=f"{self.skip_first_tokens}, {self.alpha}", allowed=">= 0")
+            raise ConfigError(
+                "negative method setting",
+                given=f"{self.skip_first_tokens}, {self.alpha}",
+                allowed=">= 0",
+            )
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """Energy at the inputs of the attention output and of the down projection, every block."""
-        ends = {piece.module for axis in spec.axes.values() for piece in axis.slices if piece.side == "in"}
+        ends = {
+            piece.module
+            for axis in spec.axes.values()
+            for piece in axis.slices
+            if piece.side == "in"
+        }
         return tuple(Tap(module=name, stat=Energy) for name in spec.linears if name in ends)
 
     def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]]:
         """Equal widths in every block, or those the budget states."""
-        kinds = (*(() if self.attention == "none" else (self.attention,)), *(("mlp",) if self.mlp else ()))
+        kinds = (
+            *(() if self.attention == "none" else (self.attention,)),
+            *(("mlp",) if self.mlp else ()),
+        )
         if budget.keep is None:
             return fixed_widths(spec, budget)
         return uniform(spec, budget, kinds)

@@ -32,7 +32,9 @@ class Stat(ABC):
 
     def __add__(self, other: Self) -> Self:
         """Merge two disjoint streams."""
-        return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})  # type: ignore[type-var,arg-type]
+        return replace(
+            self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )  # type: ignore[type-var,arg-type]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All sums, in field order, for a collective."""

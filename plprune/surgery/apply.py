@@ -131,7 +131,9 @@ def _write(model: nn.Module, plan: Plan) -> None:
 def _write_bias(base: nn.Module, bias: Tensor) -> None:
     weight = cast(nn.Parameter, base.weight)
     if base.bias is None:
-        base.bias = nn.Parameter(bias.to(weight.device, weight.dtype), requires_grad=weight.requires_grad)
+        base.bias = nn.Parameter(
+            bias.to(weight.device, weight.dtype), requires_grad=weight.requires_grad
+        )
     else:
         cast(nn.Parameter, base.bias).copy_(bias)
 
@@ -164,7 +166,7 @@ def _dora_adapters(module: nn.Module) -> list[str]:
     return list(getattr(module, "lora_magnitude_vector", {}).keys())
 
 
-def _row_norms(module: Any, adapter: str) -> Tensor:  # noqa: ANN401 - a peft layer
+def _row_norms(module: Any, adapter: str) -> Tensor:
     with torch.no_grad():
         base = base_of(module)
         weight = base.weight.T if is_conv1d(base) else base.weight
@@ -196,7 +198,7 @@ def _refresh_counters(model: nn.Module, family: Family, spec: Spec) -> None:
             set_config(config, attribute, vars(first)[quantity])
 
 
-def set_config(config: Any, attribute: str, value: int) -> None:  # noqa: ANN401
+def set_config(config: Any, attribute: str, value: int) -> None:
     """Set a width in a Hugging Face config without its whole-config validation.
 
     Some stock configs refuse head counts that do not divide the hidden size although their modules run with
@@ -208,5 +210,3 @@ def set_config(config: Any, attribute: str, value: int) -> None:  # noqa: ANN401
         value: new value.
     """
     object.__setattr__(config, attribute, value)
-
-

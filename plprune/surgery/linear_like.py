@@ -13,7 +13,13 @@ from plprune.spec import Side
 Dims = Mapping[str, Mapping[Side, int]]
 """Parameter name relative to the module -> {side: dimension}."""
 
-_ADAPTER_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
+_ADAPTER_PARTS = (
+    "lora_A",
+    "lora_B",
+    "lora_magnitude_vector",
+    "lora_embedding_A",
+    "lora_embedding_B",
+)
 
 
 def is_adapter_parameter(name: str) -> bool:

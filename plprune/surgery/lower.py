@@ -21,7 +21,7 @@ def lower(plan: Plan, spec: Spec) -> Lowered:
         (module, side) -> Bool[size] in the coordinates of the tensors; masked entries are False already.
 
     Raises:
-        PlanError: if the plan was made for another model or keeps units that do not exist.
+        PlanError: if the plan was made for another model, keeps units that do not exist, or uneven groups.
     """
     if plan.fingerprint != spec.fingerprint:
         raise PlanError(
@@ -36,9 +36,16 @@ def lower(plan: Plan, spec: Spec) -> Lowered:
             continue
         axis = spec.axes.get(edit.axis)
         if axis is None:
-            raise PlanError("unknown axis", given=edit.axis, allowed=", ".join(list(spec.axes)[:6]) + ", ...")
+            raise PlanError(
+                "unknown axis", given=edit.axis, allowed=", ".join(list(spec.axes)[:6]) + ", ..."
+            )
         kept = edit.kept
-        if len(kept) == 0 or kept.min() < 0 or kept.max() >= axis.size or not bool((kept.diff() > 0).all()):
+        if (
+            len(kept) == 0
+            or kept.min() < 0
+            or kept.max() >= axis.size
+            or not bool((kept.diff() > 0).all())
+        ):
             raise PlanError(
                 f"kept units of {edit.axis} are not valid",
                 given=f"{len(kept)} units",
@@ -49,6 +56,7 @@ def lower(plan: Plan, spec: Spec) -> Lowered:
         for piece in axis.slices:
             entry: Entry = (piece.module, piece.side)
             keep.setdefault(entry, _all_alive(spec, entry))[piece.index[dropped_U]] = False
+    spec.cut(keep, physical=False)  # refuses uneven groups before anything is changed
     return keep
 
 

@@ -52,13 +52,22 @@ def plan_for(structure: Mapping[str, Any], spec: Spec) -> Plan:
         StructureError: if the structure is damaged or belongs to another dense model.
     """
     try:
-        version, wanted, kept = structure["format"], structure["dense_fingerprint"], dict(structure["kept"])
+        version, wanted, kept = (
+            structure["format"],
+            structure["dense_fingerprint"],
+            dict(structure["kept"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise StructureError(
             "not a plprune structure", given=f"missing {error}", allowed="a dict written by plprune"
         ) from error
     if version != FORMAT:
-        raise StructureError("unknown structure format", given=str(version), allowed=str(FORMAT), fix="update plprune")
+        raise StructureError(
+            "unknown structure format",
+            given=str(version),
+            allowed=str(FORMAT),
+            fix="update plprune",
+        )
     if wanted != spec.fingerprint:
         raise StructureError(
             "the structure belongs to another base model",
@@ -69,7 +78,12 @@ def plan_for(structure: Mapping[str, Any], spec: Spec) -> Plan:
     edits = []
     for name, units in kept.items():
         axis = spec.axes.get(name)
-        if axis is None or not units or max(units) >= axis.size or sorted(set(units)) != list(units):
+        if (
+            axis is None
+            or not units
+            or max(units) >= axis.size
+            or sorted(set(units)) != list(units)
+        ):
             raise StructureError(
                 f"damaged structure at axis {name}",
                 given=f"{len(units)} kept units",

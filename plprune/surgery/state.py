@@ -80,7 +80,10 @@ def slice_state(state: Mapping[str, Tensor], table: CutTable) -> dict[str, Tenso
     Returns:
         The same names; tensors not in the table are passed on as they are.
     """
-    return {name: cut(tensor, table[name]) if name in table else tensor for name, tensor in state.items()}
+    return {
+        name: cut(tensor, table[name]) if name in table else tensor
+        for name, tensor in state.items()
+    }
 
 
 def check_sliceable(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
@@ -106,7 +109,9 @@ def check_sliceable(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
                 )
 
 
-def slice_optimizer(optimizer: torch.optim.Optimizer, swaps: Iterable[Swap], *, reset: bool = False) -> None:
+def slice_optimizer(
+    optimizer: torch.optim.Optimizer, swaps: Iterable[Swap], *, reset: bool = False
+) -> None:
     """Put the new parameters in the place of the old ones and cut their moments.
 
     Args:
@@ -124,6 +129,8 @@ def slice_optimizer(optimizer: torch.optim.Optimizer, swaps: Iterable[Swap], *, 
         state = optimizer.state.pop(old, None)
         if state is not None:
             optimizer.state[swap.new] = {
-                key: cut(value, swap.cuts) if isinstance(value, Tensor) and value.shape == old.shape else value
+                key: cut(value, swap.cuts)
+                if isinstance(value, Tensor) and value.shape == old.shape
+                else value
                 for key, value in state.items()
             }

@@ -1,0 +1,141 @@
+"""Write the trained model as a Hugging Face folder at the end of `fit`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal, final
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from plprune.describe import describe
+from plprune.errors import ConfigError, ExportError
+from plprune.export import save_hf
+from plprune.export_card import CardInfo
+from plprune.lit import guard, measured
+from plprune.lora import any_adapter
+from plprune.surgery.rebuild import structure_of
+from plprune.unwrap import find_model, unwrap
+
+log = logging.getLogger(__name__)
+
+
+@final
+class ExportHF(Callback):
+    """Save the model so that plain `from_pretrained` loads it."""
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        mode: Literal["auto", "plain", "per_layer"] = "auto",
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        tokenizer: str | None = None,
+        overwrite: bool = False,
+        attribute: str | None = None,
+    ) -> None:
+        """Set up; the target is checked before training starts.
+
+        Args:
+            directory: where to write.
+            mode: stock class (`plain`), own short modeling file (`per_layer`), or whichever fits (`auto`).
+            dtype: of the saved weights; default the model's.
+            tokenizer: directory or hub id; default the data module's, else the base model's.
+            overwrite: replace an existing directory.
+            attribute: where the language model hangs in the module; default the only one in it.
+
+        Raises:
+            ConfigError: for an unknown mode.
+        """
+        if mode not in ("auto", "plain", "per_layer"):
+            raise ConfigError(
+                "unknown export.mode", given=repr(mode), allowed="auto, plain, per_layer"
+            )
+        self.directory, self.mode, self.dtype = Path(directory), mode, dtype
+        self.tokenizer, self.overwrite, self.attribute = tokenizer, overwrite, attribute
+        self.written: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a target that cannot be written before hours of training."""
+        if stage == "fit" and trainer.is_global_zero:
+            require_writable(self.directory, overwrite=self.overwrite)
+            guard.ensure_model(pl_module)
+            self._dense = describe(find_model(pl_module, self.attribute))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, unless the run was interrupted."""
+        if not trainer.is_global_zero or trainer.interrupted:
+            return
+        model: Any = unwrap(find_model(pl_module, self.attribute))
+        if any_adapter(model):
+            raise ExportError(
+                "the model still has adapters",
+                given="lora.merge: false",
+                fix="set lora.merge: true",
+            )
+        progressive = guard.progressive_of(trainer)
+        spec = describe(model) if progressive is None else progressive.spec
+        dense = self._dense if progressive is None else progressive.dense
+        import torch
+
+        self.written = save_hf(
+            model,
+            self.directory,
+            spec=spec,
+            structure=structure_of(spec, dense),
+            tokenizer=self._tokenizer(trainer, model),
+            card=CardInfo(**self._card(trainer, pl_module, model)),
+            overwrite=self.overwrite,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            mode=self.mode,
+        )
+        log.info("exported to %s", self.written)
+
+    def _card(self, trainer: Trainer, pl_module: LightningModule, model: Any) -> dict[str, Any]:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        pruner = next((c for c in callbacks if getattr(c, "progressive", None) is not None), None)
+        report = next((c.report for c in callbacks if getattr(c, "report", None) is not None), None)
+        base = str(
+            getattr(pl_module, "pretrained", "") or getattr(model.config, "_name_or_path", "")
+        )
+        return measured.card(trainer, base, pruner, report)
+
+    def _tokenizer(self, trainer: Trainer, model: Any) -> Any:
+        from plprune.text import load_tokenizer
+
+        if self.tokenizer is not None:
+            return load_tokenizer(self.tokenizer)
+        data = getattr(trainer, "datamodule", None)
+        if hasattr(data, "loaded_tokenizer"):
+            return data.loaded_tokenizer()
+        return load_tokenizer(model.config._name_or_path)
+
+
+def require_writable(directory: Path, *, overwrite: bool) -> None:
+    """Refuse a target directory that exists or cannot be made.
+
+    Args:
+        directory: target.
+        overwrite: whether it may exist.
+
+    Raises:
+        ExportError: naming the directory and the way out.
+    """
+    if directory.exists() and not overwrite:
+        raise ExportError(
+            "the target directory exists",
+            given=str(directory),
+            allowed="a directory that does not exist yet",
+            fix="choose another one or pass --overwrite (export.overwrite: true)",
+        )
+    parent = next(
+        p for p in (directory.absolute().parent, *directory.absolute().parents) if p.exists()
+    )
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ExportError(
+            "cannot write the target directory",
+            given=f"{directory} below {parent}",
+            allowed="a writable parent directory",
+            fix="choose another directory or change its permissions",
+        )

@@ -1,0 +1,122 @@
+"""LoRA recovery: adapters on a model that is, or will be, cut; merged at the end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal, final
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from plprune.describe import describe
+from plprune.errors import ConfigError
+from plprune.lit import carry, guard
+from plprune.lit.recut import assert_consistent, rebuild_optimizers
+from plprune.lora import Injected, inject, merge, save_adapter
+from plprune.unwrap import find_model
+
+log = logging.getLogger(__name__)
+
+
+@final
+class LoRARecovery(Callback):
+    """Train LoRA adapters instead of all weights, from the start or after the last cut."""
+
+    def __init__(
+        self,
+        config: dict[str, Any] | None = None,
+        *,
+        start: Literal["fit", "last_cut"] = "fit",
+        merge: bool = True,
+        adapter_dir: str | None = None,
+        attribute: str | None = None,
+    ) -> None:
+        """Set up; adapters are injected in `setup` or after the last cut.
+
+        Args:
+            config: arguments of `peft.LoraConfig`; default r 16, alpha 32, all linears of the blocks.
+            start: `fit` trains adapters between cuts too (they are cut with the base), `last_cut` trains all
+                weights until the last cut and adapters afterwards.
+            merge: fold the adapters into the weights at the end.
+            adapter_dir: also write the adapters there (before merging), with the hash of their structure.
+            attribute: where the language model hangs in the module; default the only one in it.
+
+        Raises:
+            ConfigError: for an unknown start.
+        """
+        if start not in ("fit", "last_cut"):
+            raise ConfigError("unknown lora.start", given=repr(start), allowed="fit, last_cut")
+        self.config, self.start, self.merge_at_end = dict(config or {}), start, merge
+        self.adapter_dir, self.attribute = adapter_dir, attribute
+        self.injected: Injected | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Inject before optimizers exist, or get ready to."""
+        guard.ensure_model(pl_module)
+        # Registered after Prune, if that comes first in the list: adapters then fit the cut model.
+        carry.carry(
+            trainer, pl_module, "lora", self._save, lambda state: self._load(pl_module, state)
+        )
+        if stage == "fit":
+            if self.start == "last_cut" and self._pruner(trainer) is None:
+                raise ConfigError(
+                    "lora.start: last_cut without cuts",
+                    given="no plprune.callbacks.Prune before this callback",
+                    fix="set start: fit, or add Prune",
+                )
+            if self.start == "fit":
+                self._inject(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Inject if the last cut was made before the first step."""
+        self._inject_if_due(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Inject right after the last cut (Prune stands before this callback)."""
+        self._inject_if_due(trainer, pl_module)
+
+    def _inject_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.injected is not None or self.start == "fit":
+            return
+        pruner = self._pruner(trainer)
+        if pruner.progressive is not None and pruner.progressive.done == len(pruner.cuts):
+            self._inject(pl_module)
+            rebuild_optimizers(trainer)
+            assert_consistent(pl_module, trainer.strategy.optimizers)
+
+    def _inject(self, pl_module: LightningModule) -> None:
+        if self.injected is None:
+            self.injected = inject(find_model(pl_module, self.attribute), self.config)
+            trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            log.info("LoRA: %d trainable parameters", trainable)
+
+    def _pruner(self, trainer: Trainer) -> Any:
+        earlier = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
+        return next(
+            (c for c in earlier if hasattr(c, "progressive") and c.method is not None), None
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the adapters and fold them in."""
+        if self.injected is None:
+            return
+        if self.adapter_dir is not None and trainer.is_global_zero:
+            save_adapter(
+                self.injected, Path(self.adapter_dir), describe(self.injected.model), overwrite=True
+            )
+        if self.merge_at_end:
+            merge(self.injected)
+            self.injected = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module's own hooks."""
+        carry.release(pl_module)
+
+    def _save(self) -> dict[str, Any]:
+        return {"injected": self.injected is not None}
+
+    def _load(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        if state is not None and state["injected"]:
+            self._inject(pl_module)

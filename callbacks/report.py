@@ -1,0 +1,210 @@
+"""Measure before and after, note what happened, write the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from plprune.callbacks.export import require_writable
+from plprune.count import Tally, tally
+from plprune.describe import describe
+from plprune.evaluate import PerplexityResult, perplexity
+from plprune.lit import calibration, carry, guard, measured
+from plprune.report import Report, Sample, Score
+from plprune.report_html import write
+from plprune.timing import greedy_samples, speed
+from plprune.unwrap import find_model, unwrap
+
+log = logging.getLogger(__name__)
+
+PROMPTS = (
+    "The history of the region begins with",
+    "In a large bowl, mix the flour with",
+    "The main reason why water boils is",
+)
+"""Default prompts for samples."""
+
+
+@final
+class PruneReport(Callback):
+    """Write report.html, report.json and report.md at the end of `fit`."""
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        prompts: Sequence[str] | None = None,
+        measure_speed: bool = True,
+        context: int = 2048,
+        overwrite: bool = False,
+        attribute: str | None = None,
+    ) -> None:
+        """Set up; the target is checked before training starts.
+
+        Args:
+            directory: where to write.
+            prompts: for greedy samples before and after; default three short ones, empty for none.
+            measure_speed: measure prefill and decode of dense and pruned model side by side at the end; needs a
+                module that knows its base model (`pretrained`), which is loaded once more.
+            context: tokens attended to, for FLOPs.
+            overwrite: replace an existing report.
+            attribute: where the language model hangs in the module; default the only one in it.
+        """
+        self.directory, self.context, self.overwrite = Path(directory), context, overwrite
+        self.prompts = PROMPTS if prompts is None else tuple(prompts)
+        self.measure_speed, self.attribute = measure_speed, attribute
+        self.report: Report | None = None
+        self._log: dict[str, Any] = {"loss": [], "val": [], "dense": None, "samples": []}
+        self._dense: Tally | None = None
+        self._started = 0.0
+        self._resumed = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a target that cannot be written; count the dense model."""
+        if stage != "fit":
+            return
+        require_writable(self.directory, overwrite=self.overwrite)
+        guard.ensure_model(pl_module)
+        model = find_model(pl_module, self.attribute)
+        self._dense = tally(model, describe(model), context=self.context)
+        carry.carry(trainer, pl_module, "report", lambda: self._log, self._load)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the dense model first."""
+        self._started = time.perf_counter()
+        if self._resumed:
+            return
+        self._log["dense"] = self._score(trainer, pl_module, "dense perplexity")
+        self._log["samples"] = self._generate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss of every optimizer step."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        rows = self._log["loss"]
+        if torch.is_tensor(loss) and (not rows or rows[-1][0] != trainer.global_step):
+            rows.append([trainer.global_step, float(loss) * trainer.accumulate_grad_batches])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the validation perplexity."""
+        value = trainer.callback_metrics.get("val_perplexity")
+        if value is not None and not trainer.sanity_checking:
+            self._log["val"].append([trainer.global_step, float(value)])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure again and write, unless the run was interrupted."""
+        if trainer.interrupted:
+            return
+        seconds = None if self._resumed else time.perf_counter() - self._started
+        after = self._score(trainer, pl_module, "pruned perplexity")
+        self.report = self._build(trainer, pl_module, after, seconds)
+        if trainer.is_global_zero:
+            path = write(self.report, self.directory, overwrite=self.overwrite)
+            log.info("report: %s", path / "report.html")
+
+    def _build(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        after: dict[str, Any] | None,
+        seconds: float | None,
+    ) -> Report:
+        assert self._dense is not None, "setup ran"
+        model: Any = find_model(pl_module, self.attribute)
+        pruner = next((c for c in trainer.callbacks if getattr(c, "progressive", None)), None)  # type: ignore[attr-defined]
+        progressive = None if pruner is None else pruner.progressive
+        spec = describe(model) if progressive is None else progressive.spec
+        asked, got = (
+            measured.asked_and_got(pruner) if pruner is not None else ("nothing", "the dense model")
+        )
+        base = str(
+            getattr(pl_module, "pretrained", "")
+            or getattr(unwrap(model).config, "_name_or_path", "")
+        )
+        return Report(
+            title=f"Pruning {Path(base).name or type(unwrap(model)).__name__}",
+            base_model=base,
+            method="none"
+            if pruner is None
+            else f"{type(pruner.method).__name__} {pruner.method.hyper()}",
+            asked=asked,
+            got=got,
+            protocol=measured.protocol(trainer, progressive, after),
+            sizes=measured.sizes(self._dense, tally(model, spec, context=self.context)),
+            perplexity=_scores(self._log["dense"], after, trained=trainer.global_step > 0),
+            speed=self._speed(pl_module, model),
+            layers=() if progressive is None else measured.layers(progressive),
+            scores=() if progressive is None else measured.scores(progressive),
+            cuts=() if progressive is None else measured.cut_records(progressive, seconds),
+            curves=measured.curves(self._log["loss"], self._log["val"]),
+            samples=self._samples(trainer, pl_module),
+            notes=("The run was resumed; shares of time are not known.",) if self._resumed else (),
+        )
+
+    def _score(
+        self, trainer: Trainer, pl_module: LightningModule, title: str
+    ) -> dict[str, Any] | None:
+        data = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "windows") or data.corpus.val is None:
+            return None
+        model = unwrap(find_model(pl_module, self.attribute))
+        result: PerplexityResult = perplexity(
+            model, data.windows(), progress=calibration.shown(trainer, title)
+        )
+        log.info("%s: %.3f on %d windows", title, result.perplexity, result.protocol.windows)
+        return {**result.to_dict(), "nll_N": list(result.nll_N)}
+
+    def _generate(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        data = getattr(trainer, "datamodule", None)
+        if not self.prompts or not hasattr(data, "loaded_tokenizer"):
+            return []
+        model = unwrap(find_model(pl_module, self.attribute))
+        return list(greedy_samples(model, data.loaded_tokenizer(), self.prompts))
+
+    def _samples(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Sample, ...]:
+        before, after = self._log["samples"], self._generate(trainer, pl_module)
+        return tuple(
+            Sample(prompt=p, dense=a, pruned=b)
+            for p, a, b in zip(self.prompts, before, after, strict=False)
+        )
+
+    def _speed(self, pl_module: LightningModule, model: Any) -> tuple[Any, ...]:
+        from plprune.load import load_hf
+
+        base = getattr(pl_module, "pretrained", None)
+        if not self.measure_speed or base is None:
+            return ()
+        plain: Any = unwrap(model)
+        parameter = next(plain.parameters())
+        remote = bool(getattr(pl_module, "trust_remote_code", False))
+        dense: Any = load_hf(base, dtype=parameter.dtype, trust_remote_code=remote).to(
+            parameter.device
+        )
+        log.info("measuring speed, dense and pruned side by side")
+        return measured.speed_pairs(speed(dense, plain, prompt_len=256, rounds=3))
+
+    def _load(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self._log, self._resumed = dict(state), True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module's own hooks."""
+        carry.release(pl_module)
+
+
+def _scores(
+    dense: dict[str, Any] | None, after: dict[str, Any] | None, *, trained: bool
+) -> tuple[Score, ...]:
+    if dense is None or after is None:
+        return ()
+    value = after["perplexity"]
+    name = str(after["protocol"]["source"])
+    score = {"recovered": value} if trained else {"cut": value}
+    return (Score(data=name, dense=dense["perplexity"], **score),)

@@ -1,0 +1,259 @@
+"""Save a pruned model as a Hugging Face folder that loads without plprune."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from plprune.describe import describe
+from plprune.errors import ExportError
+from plprune.export_card import CardInfo, card_text
+from plprune.export_config import MODELING_FILE, Mode, Target, modeling_source, target_for
+from plprune.export_weights import bytes_of, dtype_of, is_tied, tensors_of, write_shards
+from plprune.load import STRUCTURE_ATTRIBUTE, STRUCTURE_FILE, write_json
+from plprune.load_check import first_line
+from plprune.spec import Spec
+from plprune.unwrap import family_of, unwrap
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["CardInfo", "Extras", "save_hf"]
+
+
+class Extras(TypedDict, total=False):
+    """Optional arguments of `save_hf`."""
+
+    tokenizer: Any
+    """Tokenizer to save beside the model, with its chat template."""
+    generation_config: Any
+    """Generation settings; the model's own by default."""
+    report_files: Mapping[str, Path]
+    """File name in the export -> file to copy."""
+    max_shard_bytes: float
+    """Bound for one weight file, default 5e9."""
+    dtype: torch.dtype | None
+    """Number format of the weights; each tensor's own by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """`Extras` with their defaults."""
+
+    tokenizer: Any = None
+    generation_config: Any = None
+    report_files: Mapping[str, Path] = field(default_factory=dict)
+    max_shard_bytes: float = 5e9
+    dtype: torch.dtype | None = None
+
+
+def save_hf(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    spec: Spec,
+    structure: Mapping[str, Any],
+    mode: Mode = "auto",
+    card: CardInfo | None = None,
+    overwrite: bool = False,
+    **extras: Unpack[Extras],
+) -> Path:
+    """Save a pruned model as a folder for `from_pretrained`.
+
+    The folder is written under a temporary name beside the target and renamed when it is complete.
+    In a distributed run call it on one process, with whole tensors.
+
+    Args:
+        model: the pruned model, LoRA merged; wrappers are taken off.
+        directory: target folder; parents are created.
+        spec: spec of the model as it is.
+        structure: from `plprune.surgery.rebuild.structure_of(spec, dense)`.
+        mode: `plain` for a class transformers has, `per_layer` for the modeling file that travels
+            with the model, `auto` for `plain` where that is possible.
+        card: what the model card should say.
+        overwrite: replace a folder written by plprune.
+        **extras: see `Extras`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: if the model cannot be exported as it is, the target cannot be written, or
+            `plain` is impossible; nothing is left under the target's name then.
+    """
+    chosen = _Chosen(**extras)
+    target_dir = Path(directory).expanduser().absolute()
+    plain = unwrap(model)
+    _check_model(plain, spec, structure)
+    with _staging(target_dir, overwrite=overwrite) as work:
+        tensors = tensors_of(plain, dtype=chosen.dtype)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        target = target_for(plain, spec, shapes, mode=mode, tied=is_tied(plain))
+        _check_space(work, tensors, chosen.dtype)
+        info = card or CardInfo()
+        info = replace(info, name=info.name or target_dir.name)
+        _write_model(work, plain, target, tensors, chosen)
+        text = card_text(
+            info, spec=spec, structure=structure, family=family_of(plain), target=target
+        )
+        (work / "README.md").write_text(text, "utf-8")
+        write_json(work / STRUCTURE_FILE, _sidecar(plain, structure, target, info))
+        _copy_reports(work, chosen.report_files)
+    return target_dir
+
+
+def _check_model(model: nn.Module, spec: Spec, structure: Mapping[str, Any]) -> None:
+    if spec.dead:
+        raise ExportError(
+            "the model is masked, not cut",
+            given=f"{len(spec.dead)} masked ends of linears",
+            allowed="a model whose removed units are gone",
+            fix="commit the masks first (surgery.apply.commit), e.g. with commit: end",
+        )
+    # Adapters change no shape of the linears: describe works, and `tensors_of` names them.
+    found = describe(model)
+    if found.blocks != spec.blocks or structure.get("fingerprint") != spec.fingerprint:
+        raise ExportError(
+            "model, spec and structure do not belong together",
+            given=f"structure {structure.get('fingerprint')}, spec {spec.fingerprint}",
+            allowed="the spec of this model and structure_of(spec, dense)",
+            fix="pass the spec that the last cut returned",
+        )
+
+
+def _check_space(work: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    free, needed = shutil.disk_usage(work).free, bytes_of(tensors, dtype)
+    if free < needed:
+        raise ExportError(
+            "not enough space for the export",
+            given=f"{free / 1e9:.1f} GB free",
+            allowed=f"at least {needed / 1e9:.1f} GB",
+            fix="free some space, export to another disk, or set dtype: bfloat16",
+        )
+
+
+def _write_model(
+    work: Path, model: nn.Module, target: Target, tensors: Mapping[str, Tensor], chosen: _Chosen
+) -> None:
+    dtype = dtype_of(tensors, chosen.dtype)
+    write_json(
+        work / "config.json", dict(target.config) | {"dtype": str(dtype).removeprefix("torch.")}
+    )
+    if target.mode == "per_layer":
+        (work / MODELING_FILE).write_text(modeling_source(), "utf-8")
+    generation = chosen.generation_config or getattr(model, "generation_config", None)
+    if generation is not None:
+        # Not save_pretrained: it refuses settings that many published models have.
+        generation.to_json_file(str(work / "generation_config.json"))
+    if chosen.tokenizer is not None:
+        chosen.tokenizer.save_pretrained(str(work))
+    write_shards(
+        work,
+        tensors,
+        zeros=target.zeros,
+        dtype=chosen.dtype,
+        max_shard_bytes=chosen.max_shard_bytes,
+    )
+
+
+def _sidecar(
+    model: nn.Module, structure: Mapping[str, Any], target: Target, info: CardInfo
+) -> dict[str, Any]:
+    """The structure, how it came about, and the structures of earlier exports it builds on."""
+    value = {k: v for k, v in structure.items() if k != "parents"}
+    value |= {"export": target.mode, "architecture": target.architecture, **info.facts()}
+    value["versions"] = {"python": platform.python_version()} | {
+        name: _version(name) for name in ("plprune", "torch", "transformers")
+    }
+    parent = getattr(model, STRUCTURE_ATTRIBUTE, None)
+    if parent is not None:
+        own = {k: v for k, v in parent.items() if k != "parents"}
+        value["parents"] = [*parent.get("parents", []), own]
+    return value
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _copy_reports(work: Path, report_files: Mapping[str, Path]) -> None:
+    for name, source in report_files.items():
+        if Path(name).name != name or (work / name).exists():
+            raise ExportError(
+                "a report cannot be stored under this name",
+                given=name,
+                allowed="a plain file name that the export does not use itself",
+                fix="rename it in report_files",
+            )
+        shutil.copyfile(source, work / name)
+
+
+@contextlib.contextmanager
+def _staging(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside the target that takes its place when the block ends well."""
+    _check_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise ExportError(
+            "cannot write beside the export's target",
+            given=f"{target.parent} ({error.strerror})",
+            allowed="a folder this process may write to",
+            fix="choose another directory, or change its permissions",
+        ) from error
+    from safetensors import SafetensorError
+
+    try:
+        work = room / target.name  # made here, it gets ordinary permissions; mkdtemp's are private
+        work.mkdir()
+        yield work
+        if target.exists():
+            target.rename(room / "replaced")
+        try:
+            work.rename(target)
+        except OSError:
+            if (room / "replaced").exists():
+                (room / "replaced").rename(target)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            "the export could not be written",
+            given=first_line(error),
+            fix="check disk space and permissions, then export again; the target is as it was",
+        ) from error
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    if not (target.exists() or target.is_symlink()):
+        return
+    if not overwrite:
+        raise ExportError(
+            "the export's target exists",
+            given=str(target),
+            allowed="a new folder",
+            fix="choose another directory, or replace this one with --overwrite (overwrite: true)",
+        )
+    ours = target.is_dir() and not target.is_symlink()
+    if not ours or (any(target.iterdir()) and not (target / STRUCTURE_FILE).is_file()):
+        raise ExportError(
+            "will not overwrite something that is no export of plprune",
+            given=str(target),
+            allowed=f"a folder with {STRUCTURE_FILE}, or an empty one",
+            fix="choose another directory, or remove this one yourself",
+        )

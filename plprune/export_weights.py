@@ -1,0 +1,185 @@
+"""The tensors of an export: collected, checked, written as safetensors shards with an index."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plprune.errors import ExportError
+from plprune.export_config import Shapes
+from plprune.surgery.linear_like import is_adapter_parameter
+from plprune.unwrap import family_of
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the output head shares the embedding's tensor.
+
+    Args:
+        model: plain Hugging Face model.
+
+    Returns:
+        True when both are one parameter.
+    """
+    family = family_of(model)
+    head, embed = (model.get_submodule(path) for path in (family.head, family.embed))
+    return head.weight is embed.weight
+
+
+def tensors_of(model: nn.Module, *, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Every tensor to be written, checked; a tied output head appears once, as the embedding.
+
+    Args:
+        model: plain Hugging Face model.
+        dtype: number format of floating-point tensors in the files; `None` keeps each tensor's own.
+
+    Returns:
+        Tensors by name, not copied and not converted yet.
+
+    Raises:
+        ExportError: for LoRA adapters, tensors without data, and numbers that are not finite.
+    """
+    adapters = [name for name, _ in model.named_parameters() if is_adapter_parameter(name)]
+    if adapters:
+        raise ExportError(
+            "the model still has adapters",
+            given=f"{adapters[0]} and {len(adapters) - 1} more",
+            allowed="merged weights",
+            fix="merge them first: model = model.merge_and_unload()",
+        )
+    skipped = f"{family_of(model).head}.weight" if is_tied(model) else ""
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if name != skipped}
+    for name, tensor in tensors.items():
+        _check(name, tensor, dtype)
+    return tensors
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "full_tensor"):
+        kind = (
+            "on the meta device" if tensor.is_meta else "sharded" if tensor.numel() else "of size 0"
+        )
+        raise ExportError(
+            f"{name} has no data to write",
+            given=f"a tensor {kind}, shape {tuple(tensor.shape)}",
+            allowed="whole tensors on one device",
+            fix="gather sharded weights first, and keep at least one unit in every layer",
+        )
+    if not tensor.is_floating_point():
+        return
+    bad = int((~torch.isfinite(_cast(tensor, dtype))).sum())
+    if bad:
+        raise ExportError(
+            f"{name} is not finite",
+            given=f"{bad} of {tensor.numel()} entries are nan or inf"
+            + (f" as {dtype}" if dtype else ""),
+            allowed="finite weights",
+            fix="train with a lower learning rate, or take the last good checkpoint"
+            + (", or keep the number format" if dtype not in (None, tensor.dtype) else ""),
+        )
+
+
+def dtype_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> torch.dtype:
+    """Number format that holds every weight: the given one, or the widest that occurs.
+
+    Args:
+        tensors: from `tensors_of`.
+        dtype: requested format.
+
+    Returns:
+        A floating-point dtype.
+
+    Raises:
+        ExportError: if the requested one holds no fractions.
+    """
+    if dtype is not None:
+        if not dtype.is_floating_point:
+            raise ExportError(
+                "cannot export in this number format", given=str(dtype), allowed="a float format"
+            )
+        return dtype
+    found = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    return functools.reduce(torch.promote_types, found)
+
+
+def bytes_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+    """Bytes the tensors take on disk.
+
+    Args:
+        tensors: from `tensors_of`.
+        dtype: number format on disk, `None` for each tensor's own.
+
+    Returns:
+        Bytes without headers.
+    """
+    return sum(_bytes(tensor, dtype) for tensor in tensors.values())
+
+
+def write_shards(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    zeros: Shapes,
+    dtype: torch.dtype | None,
+    max_shard_bytes: float,
+) -> None:
+    """Write safetensors files, one in memory at a time, and their index when there are several.
+
+    Args:
+        directory: existing folder.
+        tensors: from `tensors_of`.
+        zeros: biases to add, all zero.
+        dtype: number format of floating-point tensors, `None` for their own.
+        max_shard_bytes: bound for one file; a larger single tensor gets a file of its own.
+    """
+    from safetensors.torch import save_file
+
+    fill = {n: torch.zeros(shape, dtype=dtype_of(tensors, dtype)) for n, shape in zeros.items()}
+    everything = dict(tensors) | fill
+    groups = list(_groups(everything, dtype, max_shard_bytes))
+    where: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        file = (
+            WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
+        # A fresh copy: safetensors refuses tensors that share memory, and views of larger storages.
+        shard = {n: _cast(everything[n], dtype).to("cpu", copy=True).contiguous() for n in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(names, file))
+    if len(groups) > 1:
+        index: dict[str, Any] = {
+            "metadata": {"total_size": bytes_of(everything, dtype)},
+            "weight_map": where,
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _groups(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, limit: float
+) -> Iterator[list[str]]:
+    names: list[str] = []
+    used = 0
+    for name, tensor in tensors.items():
+        size = _bytes(tensor, dtype)
+        if names and used + size > limit:
+            yield names
+            names, used = [], 0
+        names.append(name)
+        used += size
+    yield names
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    return _cast(tensor[:0] if tensor.dim() else tensor, dtype).element_size() * tensor.numel()

@@ -1,0 +1,131 @@
+"""The `plprune` command: LightningCLI for fit, validate, test and predict; plan, evaluate, export and report beside it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
+from plprune.errors import ConfigError, PlpruneError
+from plprune.lit.data import LitTokens
+from plprune.lit.model import LitCausalLM
+
+_PARTS: tuple[tuple[str, type], ...] = (
+    ("lora", LoRARecovery),
+    ("monitor", SizeMonitor),
+    ("report", PruneReport),
+    ("export", ExportHF),
+)
+"""Optional top-level keys, in the order their callbacks run; null leaves them out."""
+
+
+class PlpruneCLI(LightningCLI):
+    """LightningCLI whose method, recovery, report and export settings are keys of their own.
+
+    Entries of `trainer.callbacks` replace each other when YAMLs are stacked; keys merge.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
+        """Parse and, with `run`, execute a subcommand.
+
+        Args:
+            args: command line without the program name; None takes `sys.argv`.
+            run: False only builds trainer, module and data.
+        """
+        super().__init__(
+            LitCausalLM,
+            LitTokens,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True, "config_filename": "plprune_config.yaml"},
+            args=list(args) if args is not None else None,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `prune` and the optional keys."""
+        parser.add_lightning_class_args(Prune, "prune")
+        for key, kind in _PARTS:
+            parser.add_argument(f"--{key}", type=kind | None, default=None)
+            parser.callback_keys.append(key)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Put the callbacks of the keys that are set before the user's own."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        extra = [
+            self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys
+        ]
+        present = [callback for callback in extra if callback is not None]
+        own = config.get("callbacks") or []
+        config["callbacks"] = []
+        return self._instantiate_trainer(
+            config, [*present, *(own if isinstance(own, list) else [own])]
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `plprune` command.
+
+    Args:
+        argv: command line without the program name; None takes `sys.argv`.
+
+    Returns:
+        Exit status: 0, or 2 after an error of the user's, told in one message.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        if args and args[0] in COMMANDS:
+            COMMANDS[args[0]](args[1:])
+        elif not args or args[0] in ("-h", "--help"):
+            sys.stdout.write(USAGE)
+        elif args[0] in PlpruneCLI.subcommands() or args[0].startswith("-"):
+            PlpruneCLI(args)
+        else:
+            raise ConfigError(
+                "unknown command",
+                given=args[0],
+                allowed=", ".join([*PlpruneCLI.subcommands(), *COMMANDS]),
+                fix="plprune --help",
+            )
+    except PlpruneError as error:
+        sys.stderr.write(f"plprune: {error}\n")
+        return 2
+    return 0
+
+
+def _lazy(name: str) -> Callable[[Sequence[str]], None]:
+    def run(args: Sequence[str]) -> None:
+        # Each command brings its own dependencies; `fit` must not pay for them.
+        from plprune.lit import commands
+
+        getattr(commands, name)(args)
+
+    return run
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    name: _lazy(name) for name in ("plan", "evaluate", "export", "report")
+}
+
+USAGE = """usage: plprune COMMAND [--config FILE ...] [--key value ...]
+
+train and prune (LightningCLI; `plprune fit --help` lists every key, YAMLs given by --config stack)
+  fit        train, cut, recover, report, export
+  validate   perplexity on the validation windows
+  test       perplexity on the test windows
+  predict    token log-likelihoods
+
+around it
+  plan       print schedule, widths, parameters and memory of a fit; touches nothing
+  evaluate   perplexity of a saved model, with its protocol
+  export     write a checkpoint as a Hugging Face folder
+  report     write HTML and Markdown again from a report.json
+"""
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,217 @@
+"""A causal language model as a LightningModule, with learning rates that know about cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.text import Perplexity
+
+from plprune.errors import ConfigError
+from plprune.load import load_hf
+from plprune.schedule import Phase, learning_rate
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """Linear warm-up, then a cosine, over the whole run or again after every cut."""
+
+    peak: float = 1e-4
+    """Base learning rate."""
+    warmup: float = 0.1
+    """Share of the run (or phase) that warms up."""
+    floor: float = 0.0
+    """The cosine ends at this share of the peak."""
+    per_phase: bool = False
+    """Start over after every cut, with the peaks of the schedule's phases (TransAct); default one curve."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: for a peak that is not positive or shares outside [0, 1].
+        """
+        if not self.peak > 0 or not 0 <= self.warmup <= 1 or not 0 <= self.floor <= 1:
+            raise ConfigError(
+                "impossible learning rate",
+                given=f"peak {self.peak}, warmup {self.warmup}, floor {self.floor}",
+                allowed="peak > 0, warmup and floor in [0, 1]",
+            )
+
+
+class LitCausalLM(LightningModule):
+    """Any Hugging Face causal language model, trained on next-token prediction."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        learning_rate: LearningRate | None = None,
+        optimizer: OptimizerCallable | None = None,
+        dtype: Dtype = "float32",
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Remember what to load; weights come in `configure_model`.
+
+        Args:
+            pretrained: directory or hub id of the base model.
+            learning_rate: schedule of the learning rate.
+            optimizer: class and arguments; default AdamW with betas (0.9, 0.95) and no weight decay.
+            dtype: of the weights; with `bf16-true` precision Lightning casts them anyway.
+            attn_implementation: as in transformers.
+            gradient_checkpointing: trade compute for activation memory.
+            compile: `torch.compile` the model's forward; compiled again after every cut.
+            trust_remote_code: needed for models with their own code, such as per-layer exports.
+
+        Raises:
+            ConfigError: for an unknown dtype.
+        """
+        super().__init__()
+        if dtype not in get_args(Dtype):
+            raise ConfigError(
+                "unknown model.dtype", given=repr(dtype), allowed=", ".join(get_args(Dtype))
+            )
+        # No save_hyperparameters: the command line would let a checkpoint's values override the config it is given.
+        self.pretrained, self.dtype_name, self.attn_implementation = (
+            pretrained,
+            dtype,
+            attn_implementation,
+        )
+        self.rate, self.optimizer_class = learning_rate or LearningRate(), optimizer
+        self.checkpointed, self.compiled, self.trust_remote_code = (
+            gradient_checkpointing,
+            compile,
+            trust_remote_code,
+        )
+        self.model: nn.Module | None = None
+        self.val_perplexity = Perplexity(ignore_index=-100)
+        self.test_perplexity = Perplexity(ignore_index=-100)
+
+    def setup(self, stage: str) -> None:
+        """Load the model once; callbacks that change it run right after and may rely on it."""
+        self.configure_model()
+
+    def configure_model(self) -> None:
+        """Load the base model once, on the CPU, in the configured dtype."""
+        if self.model is not None:
+            return
+        dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
+        model: Any = load_hf(
+            self.pretrained,
+            dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+        model.set_attn_implementation(self.attn_implementation)
+        model.config.use_cache = False
+        if self.checkpointed:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        if self.compiled:
+            model.compile()
+        self.model = model.train()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], 1 for tokens; None without padding.
+
+        Returns:
+            [B, T, V].
+        """
+        assert self.model is not None, "configure_model runs first"
+        return cast(Tensor, self.model(input_ids=input_ids, attention_mask=attention_mask).logits)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Next-token loss; a step whose loss is not finite stops the run with a message."""
+        assert self.model is not None, "configure_model runs first"
+        loss = cast(Tensor, self.model(**batch).loss)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Perplexity over the validation windows."""
+        self._score(batch, self.val_perplexity)
+        self.log("val_perplexity", self.val_perplexity, prog_bar=True, on_step=False, on_epoch=True)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Perplexity over the test windows."""
+        self._score(batch, self.test_perplexity)
+        self.log("test_perplexity", self.test_perplexity, on_step=False, on_epoch=True)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Negative log-likelihood of every predicted token.
+
+        Returns:
+            [B, T - 1] float32.
+        """
+        logits = self(batch["input_ids"], batch.get("attention_mask"))[:, :-1].float()
+        return nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none"
+        )
+
+    def _score(self, batch: dict[str, Tensor], metric: Perplexity) -> None:
+        logits = self(batch["input_ids"], batch.get("attention_mask"))[:, :-1].float()
+        metric.update(logits, batch.get("labels", batch["input_ids"])[:, 1:])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Optimizer over what is trainable, and the learning-rate schedule."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = self._optimizer(trainable)
+        phases, rate = self._phases(), self.rate
+
+        def factor(step: int) -> float:
+            return learning_rate(step, phases, warmup=rate.warmup, floor=rate.floor)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _optimizer(self, trainable: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optimizer_class is None:
+            return torch.optim.AdamW(
+                trainable, lr=self.rate.peak, betas=(0.9, 0.95), weight_decay=0.0
+            )
+        optimizer = self.optimizer_class(trainable)
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate.peak
+        return optimizer
+
+    def _phases(self) -> tuple[Phase, ...]:
+        """Phases of the Prune callback, or one over the whole run."""
+        pruner = next((c for c in self.trainer.callbacks if hasattr(c, "phases")), None)  # type: ignore[attr-defined]
+        if self.rate.per_phase and pruner is None:
+            raise ConfigError(
+                "learning_rate.per_phase without a schedule of cuts",
+                given="no Prune callback",
+                fix="add plprune.callbacks.Prune, or set per_phase: false",
+            )
+        if self.rate.per_phase and pruner is not None:
+            return cast("tuple[Phase, ...]", pruner.phases(self.trainer))
+        steps = int(self.trainer.estimated_stepping_batches)
+        return (Phase(start=0, steps=max(1, steps), peak=1.0),)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop a run that diverged instead of training on NaN."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if torch.is_tensor(loss) and not bool(torch.isfinite(loss)):
+            raise ConfigError(
+                "the training loss is not finite",
+                given=f"{float(loss)} at optimizer step {self.trainer.global_step}",
+                allowed="a finite loss",
+                fix="lower learning_rate.peak, clip gradients, or use float32 or bfloat16",
+            )
