@@ -59,6 +59,9 @@ class ExportHF(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a target that cannot be written before hours of training."""
         if stage == "fit" and trainer.is_global_zero:
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            if any(getattr(callback, "merge_at_end", True) is False for callback in callbacks):
+                raise _unmerged()
             require_writable(self.directory, overwrite=self.overwrite)
             guard.ensure_model(pl_module)
             self._dense = describe(find_model(pl_module, self.attribute))
@@ -69,11 +72,7 @@ class ExportHF(Callback):
             return
         model: Any = unwrap(find_model(pl_module, self.attribute))
         if any_adapter(model):
-            raise ExportError(
-                "the model still has adapters",
-                given="lora.merge: false",
-                fix="set lora.merge: true",
-            )
+            raise _unmerged()
         progressive = guard.progressive_of(trainer)
         spec = describe(model) if progressive is None else progressive.spec
         dense = self._dense if progressive is None else progressive.dense
@@ -106,10 +105,16 @@ class ExportHF(Callback):
 
         if self.tokenizer is not None:
             return load_tokenizer(self.tokenizer)
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "loaded_tokenizer"):
             return data.loaded_tokenizer()
         return load_tokenizer(model.config._name_or_path)
+
+
+def _unmerged() -> ExportError:
+    return ExportError(
+        "the model still has adapters", given="lora.merge: false", fix="set lora.merge: true"
+    )
 
 
 def require_writable(directory: Path, *, overwrite: bool) -> None:

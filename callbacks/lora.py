@@ -8,12 +8,13 @@ from typing import Any, Literal, final
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from plprune.callbacks.export import require_writable
 from plprune.describe import describe
-from plprune.errors import ConfigError
+from plprune.errors import CheckpointError, ConfigError
 from plprune.lit import carry, guard
 from plprune.lit.recut import assert_consistent, rebuild_optimizers
 from plprune.lora import Injected, inject, merge, save_adapter
-from plprune.unwrap import find_model
+from plprune.unwrap import find_model, unwrap
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class LoRARecovery(Callback):
         start: Literal["fit", "last_cut"] = "fit",
         merge: bool = True,
         adapter_dir: str | None = None,
+        overwrite: bool = False,
         attribute: str | None = None,
     ) -> None:
         """Set up; adapters are injected in `setup` or after the last cut.
@@ -39,6 +41,7 @@ class LoRARecovery(Callback):
                 weights until the last cut and adapters afterwards.
             merge: fold the adapters into the weights at the end.
             adapter_dir: also write the adapters there (before merging), with the hash of their structure.
+            overwrite: replace an existing `adapter_dir`.
             attribute: where the language model hangs in the module; default the only one in it.
 
         Raises:
@@ -47,12 +50,18 @@ class LoRARecovery(Callback):
         if start not in ("fit", "last_cut"):
             raise ConfigError("unknown lora.start", given=repr(start), allowed="fit, last_cut")
         self.config, self.start, self.merge_at_end = dict(config or {}), start, merge
-        self.adapter_dir, self.attribute = adapter_dir, attribute
+        self.adapter_dir = None if adapter_dir is None else Path(adapter_dir)
+        self.overwrite, self.attribute = overwrite, attribute
         self.injected: Injected | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject before optimizers exist, or get ready to."""
+        if stage == "fit" and self.adapter_dir is not None and trainer.is_global_zero:
+            require_writable(self.adapter_dir, overwrite=self.overwrite)
         guard.ensure_model(pl_module)
+        model = unwrap(find_model(pl_module, self.attribute))
+        if self.injected is not None and self.injected.model is not model:
+            self.injected = None  # of an earlier run
         # Registered after Prune, if that comes first in the list: adapters then fit the cut model.
         carry.carry(
             trainer, pl_module, "lora", self._save, lambda state: self._load(pl_module, state)
@@ -89,6 +98,9 @@ class LoRARecovery(Callback):
     def _inject(self, pl_module: LightningModule) -> None:
         if self.injected is None:
             self.injected = inject(find_model(pl_module, self.attribute), self.config)
+            for parameter in pl_module.parameters():
+                if not parameter.requires_grad:
+                    parameter.grad = None  # no optimizer would free it any more
             trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             log.info("LoRA: %d trainable parameters", trainable)
 
@@ -103,9 +115,8 @@ class LoRARecovery(Callback):
         if self.injected is None:
             return
         if self.adapter_dir is not None and trainer.is_global_zero:
-            save_adapter(
-                self.injected, Path(self.adapter_dir), describe(self.injected.model), overwrite=True
-            )
+            spec = describe(self.injected.model)
+            save_adapter(self.injected, self.adapter_dir, spec, overwrite=self.overwrite)
         if self.merge_at_end:
             merge(self.injected)
             self.injected = None
@@ -114,9 +125,22 @@ class LoRARecovery(Callback):
         """Leave the module's own hooks."""
         carry.release(pl_module)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The same after an error, when Lightning calls no `teardown`."""
+        carry.release(pl_module)
+
     def _save(self) -> dict[str, Any]:
         return {"injected": self.injected is not None}
 
     def _load(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         if state is not None and state["injected"]:
             self._inject(pl_module)
+        elif self.injected is not None:
+            raise CheckpointError(
+                "the checkpoint has no adapters",
+                given="a run with lora.start: fit",
+                allowed="a checkpoint of a run with adapters that are not merged yet",
+                fix="resume without `lora`, or export the checkpoint and start a new run from it",
+            )

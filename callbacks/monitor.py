@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, final
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from plprune.count import Tally, tally
 from plprune.describe import describe
 from plprune.errors import ConfigError
 from plprune.lit import guard
-from plprune.unwrap import find_model
+from plprune.unwrap import find_model, unwrap
 
 
 @final
@@ -38,12 +39,17 @@ class SizeMonitor(Callback):
         self.context, self.attribute = context, attribute
         self.dense: Tally | None = None
         self.current: dict[str, float] = {}
+        self._model: nn.Module | None = None
         self._seen: tuple[str, int] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Count the dense model."""
-        if stage == "fit" and self.dense is None:
-            guard.ensure_model(pl_module)
+        """Count the dense model; the same model in a later `fit` is compared to what it was in the first."""
+        if stage != "fit":
+            return
+        guard.ensure_model(pl_module)
+        model = unwrap(find_model(pl_module, self.attribute))
+        if self._model is not model:
+            self._model, self._seen = model, None
             self.dense = self._tally(trainer, pl_module)
 
     def on_train_batch_end(

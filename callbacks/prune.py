@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -14,13 +13,13 @@ from plprune import schedule as schedules
 from plprune.budget import Budget
 from plprune.callbacks.statistics import Statistics
 from plprune.count import count_params
-from plprune.dist import reduce
 from plprune.drivers.progressive import Progressive, probe_loss
-from plprune.errors import ConfigError, PlanError
+from plprune.errors import ConfigError
 from plprune.lit import calibration, carry, guard
 from plprune.lit.recut import adapter_for, recut
+from plprune.lit.watch import Watch
 from plprune.methods.base import Method
-from plprune.observe import Observation, StatMap, check, observe, to_cpu
+from plprune.observe import StatMap
 from plprune.schedule import Cut, Length, OneShot, Phase, Schedule
 from plprune.unwrap import find_model
 
@@ -80,11 +79,10 @@ class Prune(Callback):
         self.progressive: Progressive | None = None
         self.cuts: tuple[Cut, ...] = ()
         self._length: Length | None = None
-        self._stack = ExitStack()
-        self._seen: Observation | None = None
+        self._watch = Watch()
         self._rng: guard.RandomState | None = None
-
-    # -- set up --------------------------------------------------------------------------------------------------
+        """Where the random stream of an interrupted run goes on."""
+        self._before_validation: guard.RandomState | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything long starts."""
@@ -95,6 +93,7 @@ class Prune(Callback):
             adapter_for(trainer.strategy)
             self.statistics.require_source(trainer)
         guard.ensure_model(pl_module)
+        self._start_over(pl_module)
         self._check_budget(self._describe(pl_module))
         carry.carry(
             trainer, pl_module, "prune", self._save, lambda state: self._load(pl_module, state)
@@ -104,9 +103,17 @@ class Prune(Callback):
         """Describe the model and print the schedule."""
         if self.method is None:
             return
-        self._describe(pl_module)
+        guard.require_same(pl_module, self._describe(pl_module).model, self.attribute)
         for row in schedules.table(self.plan_cuts(trainer, pl_module)):
             log.info("%-4s %-8s %s", *row)
+
+    def _start_over(self, pl_module: LightningModule) -> None:
+        """Forget an earlier run; what was cut stays cut if it is the same model."""
+        self.cuts, self._length = (), None
+        self._watch, self._rng, self._before_validation = Watch(), None, None
+        known = self.progressive
+        if known is not None and known.model is not find_model(pl_module, self.attribute):
+            self.progressive = None
 
     def _check_budget(self, progressive: Progressive) -> None:
         assert self.method is not None and self.budget is not None, "checked in __init__"
@@ -149,8 +156,6 @@ class Prune(Callback):
             return (Phase(start=0, steps=length.steps, peak=1.0),)
         return self.schedule.phases(length)
 
-    # -- cut -----------------------------------------------------------------------------------------------------
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a cut that is due before the first step."""
         if self.method is not None:
@@ -164,23 +169,27 @@ class Prune(Callback):
             self._rng.restore()
             self._rng = None
         if self.method is not None and self.statistics.source == "training":
-            self._watch(trainer, batch)
+            self._watch_if_due(trainer, batch)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor
     ) -> None:
         """Stop watching: gradient checkpointing would show the same tokens again."""
-        if self._seen is not None:
-            self._seen.active = False
+        self._watch.pause()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Cut when the step that was just finished is one of the schedule's."""
-        if self._seen is not None:
-            self._seen.active = False
+        self._watch.pause()
         if self.method is not None:
             self._cut_if_due(trainer, pl_module)
+            self._before_validation = guard.RandomState.now()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the random state back: a resumed run does not repeat a validation, so it must leave no trace."""
+        if self._before_validation is not None and not trainer.sanity_checking:
+            self._before_validation.restore()
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # global_step moves when an optimizer step is done, so the first batch end that shows it is a boundary.
@@ -244,42 +253,22 @@ class Prune(Callback):
                 return progressive.calibrate(
                     self.method, batches, calibration.shown(trainer, title)
                 )
-        if self._seen is None:
-            raise PlanError(
-                "no training pass was observed before this cut",
-                given=f"a cut at step {trainer.global_step}",
-                allowed="a cut after at least one step",
-                fix="use statistics.source: fresh, or cut later",
-            )
-        stats = reduce(self._seen.stats)
-        self._stop_watching()
-        check(stats, self.method.taps(progressive.spec))
-        return to_cpu(stats), ""
+        stats = self._watch.take(self.method.taps(progressive.spec), trainer.global_step)
+        self.statistics.probe = self._watch.probe
+        return stats, ""
 
-    # -- statistics from training passes -------------------------------------------------------------------------
-
-    def _watch(self, trainer: Trainer, batch: Any) -> None:
+    def _watch_if_due(self, trainer: Trainer, batch: Any) -> None:
         assert self.method is not None, "checked by the caller"
         progressive = self.progressive
         if progressive is None or progressive.done == len(self.cuts):
             return
-        if trainer.global_step < self.cuts[progressive.done].step - self.statistics.window:
-            return
-        if self._seen is None:
+        if trainer.global_step >= self.cuts[progressive.done].step - self.statistics.window:
             taps = self.method.taps(progressive.spec)
-            self._seen = self._stack.enter_context(observe(progressive.model, taps))
-            torch.compiler.reset()
-        self.statistics.note(self._seen, batch, self.method.skip_first_tokens)
-
-    def _stop_watching(self) -> None:
-        self._stack.close()
-        self._seen = None
-
-    # -- end, checkpoints ----------------------------------------------------------------------------------------
+            self._watch.start(progressive.model, taps, batch, self.method.skip_first_tokens)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say when the run ended before the schedule did."""
-        self._stop_watching()
+        self._watch.stop()
         progressive = self.progressive
         if (
             self.method is not None
@@ -290,17 +279,21 @@ class Prune(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind but the masks of cuts that were not committed."""
-        self._stop_watching()
+        self._watch.stop()
+        self._before_validation = None
         carry.release(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Take the hooks off."""
-        self._stop_watching()
+        """Leave no hook behind; Lightning calls no `teardown` then."""
+        self.teardown(trainer, pl_module, "fit")
 
     def _save(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"rng": guard.RandomState.now().to_dict()}
+        state: dict[str, Any] = {
+            "rng": guard.RandomState.now().to_dict(),
+            "seen": self._watch.state(),
+        }
         if self.progressive is not None:
             state.update(self.progressive.state())
         return state
@@ -309,5 +302,6 @@ class Prune(Callback):
         if state is None:
             return
         self._rng = guard.RandomState.from_dict(state["rng"])
+        self._watch.restore(state["seen"])
         if "committed" in state:
             self._describe(pl_module).restore(state)

@@ -60,7 +60,7 @@ class PruneReport(Callback):
         self.prompts = PROMPTS if prompts is None else tuple(prompts)
         self.measure_speed, self.attribute = measure_speed, attribute
         self.report: Report | None = None
-        self._log: dict[str, Any] = {"loss": [], "val": [], "dense": None, "samples": []}
+        self._log = _fresh()
         self._dense: Tally | None = None
         self._started = 0.0
         self._resumed = False
@@ -71,6 +71,7 @@ class PruneReport(Callback):
             return
         require_writable(self.directory, overwrite=self.overwrite)
         guard.ensure_model(pl_module)
+        self._log, self._resumed = _fresh(), False
         model = find_model(pl_module, self.attribute)
         self._dense = tally(model, describe(model), context=self.context)
         carry.carry(trainer, pl_module, "report", lambda: self._log, self._load)
@@ -89,7 +90,8 @@ class PruneReport(Callback):
         """Note the loss of every optimizer step."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         rows = self._log["loss"]
-        if torch.is_tensor(loss) and (not rows or rows[-1][0] != trainer.global_step):
+        done = rows[-1][0] if rows else 0
+        if torch.is_tensor(loss) and trainer.global_step > done:
             rows.append([trainer.global_step, float(loss) * trainer.accumulate_grad_batches])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,7 +153,7 @@ class PruneReport(Callback):
     def _score(
         self, trainer: Trainer, pl_module: LightningModule, title: str
     ) -> dict[str, Any] | None:
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "windows") or data.corpus.val is None:
             return None
         model = unwrap(find_model(pl_module, self.attribute))
@@ -162,7 +164,7 @@ class PruneReport(Callback):
         return {**result.to_dict(), "nll_N": list(result.nll_N)}
 
     def _generate(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if not self.prompts or not hasattr(data, "loaded_tokenizer"):
             return []
         model = unwrap(find_model(pl_module, self.attribute))
@@ -197,6 +199,16 @@ class PruneReport(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module's own hooks."""
         carry.release(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The same after an error, when Lightning calls no `teardown`."""
+        carry.release(pl_module)
+
+
+def _fresh() -> dict[str, Any]:
+    return {"loss": [], "val": [], "dense": None, "samples": []}
 
 
 def _scores(

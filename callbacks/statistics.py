@@ -9,10 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import Trainer
 
-from plprune.drivers.whole import Batch, token_mask
+from plprune.drivers.whole import Batch
 from plprune.errors import ConfigError, DataError
 from plprune.lit import calibration
-from plprune.observe import Observation
 
 Source = Literal["fresh", "fixed", "training"]
 
@@ -27,7 +26,7 @@ class Statistics:
     """For `training`: optimizer steps before a cut whose forward passes are observed."""
     batches: Iterable[Any] | None = None
     """Calibration batches for a script without a plprune data module: dicts with input_ids [B, T]."""
-    probe: Any = field(default=None, init=False, repr=False)
+    probe: Batch = field(default_factory=dict, init=False, repr=False)
     """One small batch on which a commit is checked."""
 
     def __post_init__(self) -> None:
@@ -81,29 +80,5 @@ class Statistics:
         if self.source == "training":
             return ()
         batches = calibration.batches_of(trainer, self.batches, cut, fixed=self.source == "fixed")
-        self.probe = {key: value[:1] for key, value in batches[0].items() if torch.is_tensor(value)}
+        self.probe = {key: value[:1] for key, value in batches[0].items()}
         return batches
-
-    def note(self, seen: Observation, batch: Any, skip_first: int) -> None:
-        """Get ready to watch one training batch.
-
-        Args:
-            seen: the running observation.
-            batch: a dict with `input_ids` and perhaps `attention_mask`.
-            skip_first: tokens at the start of each sequence to leave out.
-
-        Raises:
-            DataError: if the batch has no `input_ids`.
-        """
-        if not isinstance(batch, dict) or "input_ids" not in batch:
-            raise DataError(
-                "training batches cannot be observed",
-                given=type(batch).__name__,
-                allowed="dicts with input_ids [B, T]",
-                fix="set statistics.source: fresh",
-            )
-        seen.active = True
-        seen.token_mask = token_mask(batch, skip_first)
-        self.probe = {
-            k: v[:1].detach() for k, v in batch.items() if k in ("input_ids", "attention_mask")
-        }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,11 +17,18 @@ def world_size() -> int:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Sum of a tensor over ranks."""
-    if world_size() > 1:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
+    """Sum of a tensor over ranks, on its device."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.to(_reachable(tensor.device), copy=True)
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def _reachable(device: torch.device) -> torch.device:
+    """Where a collective can meet a tensor: NCCL alone, as Lightning sets it up, moves no CPU tensors."""
+    only_cuda = dist.get_backend() == "nccl" and device.type == "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if only_cuda else device
 
 
 def reduce(stats: StatMap) -> StatMap:
@@ -39,8 +44,7 @@ def reduce(stats: StatMap) -> StatMap:
         return stats
     reduced: StatMap = {}
     for tap in sorted(stats, key=lambda tap: (tap.module, tap.stat.__name__)):
-        stat = stats[tap]
-        reduced[tap] = replace(stat, **{name: summed(value) for name, value in vars(stat).items()})  # type: ignore[type-var]
+        reduced[tap] = stats[tap].mapped(lambda _, value: summed(value))
     return reduced
 
 
@@ -57,7 +61,8 @@ def agree(plan: Plan) -> Plan:
         PlanError: on every rank, if any rank decided differently.
     """
     if world_size() > 1:
-        value = torch.tensor(int(plan.hash, 16) % (1 << 62), dtype=torch.int64)
+        number = int(plan.hash, 16) % (1 << 62)
+        value = torch.tensor(number, device=_reachable(torch.device("cpu")))
         least, most = value.clone(), value.clone()
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)

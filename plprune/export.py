@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from plprune.describe import describe
 from plprune.errors import ExportError
@@ -24,9 +25,6 @@ from plprune.load import STRUCTURE_ATTRIBUTE, STRUCTURE_FILE, write_json
 from plprune.load_check import first_line
 from plprune.spec import Spec
 from plprune.unwrap import family_of, unwrap
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["CardInfo", "Extras", "save_hf"]
 
@@ -95,6 +93,7 @@ def save_hf(
     target_dir = Path(directory).expanduser().absolute()
     plain = unwrap(model)
     _check_model(plain, spec, structure)
+    _check_reports(chosen.report_files)
     with _staging(target_dir, overwrite=overwrite) as work:
         tensors = tensors_of(plain, dtype=chosen.dtype)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -102,13 +101,21 @@ def save_hf(
         _check_space(work, tensors, chosen.dtype)
         info = card or CardInfo()
         info = replace(info, name=info.name or target_dir.name)
-        _write_model(work, plain, target, tensors, chosen)
+        _write_settings(work, plain, target, dtype_of(tensors, chosen.dtype), chosen)
         text = card_text(
             info, spec=spec, structure=structure, family=family_of(plain), target=target
         )
         (work / "README.md").write_text(text, "utf-8")
         write_json(work / STRUCTURE_FILE, _sidecar(plain, structure, target, info))
         _copy_reports(work, chosen.report_files)
+        # Last, because it is what takes time: everything else has failed by now if it fails at all.
+        write_shards(
+            work,
+            tensors,
+            zeros=target.zeros,
+            dtype=chosen.dtype,
+            max_shard_bytes=chosen.max_shard_bytes,
+        )
     return target_dir
 
 
@@ -142,13 +149,11 @@ def _check_space(work: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype |
         )
 
 
-def _write_model(
-    work: Path, model: nn.Module, target: Target, tensors: Mapping[str, Tensor], chosen: _Chosen
+def _write_settings(
+    work: Path, model: nn.Module, target: Target, dtype: torch.dtype, chosen: _Chosen
 ) -> None:
-    dtype = dtype_of(tensors, chosen.dtype)
-    write_json(
-        work / "config.json", dict(target.config) | {"dtype": str(dtype).removeprefix("torch.")}
-    )
+    config = dict(target.config) | {"dtype": str(dtype).removeprefix("torch.")}
+    write_json(work / "config.json", config)
     if target.mode == "per_layer":
         (work / MODELING_FILE).write_text(modeling_source(), "utf-8")
     generation = chosen.generation_config or getattr(model, "generation_config", None)
@@ -157,13 +162,6 @@ def _write_model(
         generation.to_json_file(str(work / "generation_config.json"))
     if chosen.tokenizer is not None:
         chosen.tokenizer.save_pretrained(str(work))
-    write_shards(
-        work,
-        tensors,
-        zeros=target.zeros,
-        dtype=chosen.dtype,
-        max_shard_bytes=chosen.max_shard_bytes,
-    )
 
 
 def _sidecar(
@@ -189,16 +187,33 @@ def _version(package: str) -> str:
         return "unknown"
 
 
+def _check_reports(report_files: Mapping[str, Path]) -> None:
+    for name, source in report_files.items():
+        if Path(name).name != name or ".safetensors" in name:
+            raise _taken(name)
+        if not Path(source).is_file():
+            raise ExportError(
+                "a report file is missing",
+                given=str(source),
+                allowed="existing files",
+                fix="write the report before the export, or leave it out of report_files",
+            )
+
+
 def _copy_reports(work: Path, report_files: Mapping[str, Path]) -> None:
     for name, source in report_files.items():
-        if Path(name).name != name or (work / name).exists():
-            raise ExportError(
-                "a report cannot be stored under this name",
-                given=name,
-                allowed="a plain file name that the export does not use itself",
-                fix="rename it in report_files",
-            )
+        if (work / name).exists():
+            raise _taken(name)
         shutil.copyfile(source, work / name)
+
+
+def _taken(name: str) -> ExportError:
+    return ExportError(
+        "a report cannot be stored under this name",
+        given=name,
+        allowed="a plain file name that the export does not use itself",
+        fix="rename it in report_files",
+    )
 
 
 @contextlib.contextmanager
@@ -221,6 +236,7 @@ def _staging(target: Path, *, overwrite: bool) -> Iterator[Path]:
         work = room / target.name  # made here, it gets ordinary permissions; mkdtemp's are private
         work.mkdir()
         yield work
+        _check_target(target, overwrite=overwrite)  # it may have appeared meanwhile
         if target.exists():
             target.rename(room / "replaced")
         try:

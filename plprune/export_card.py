@@ -183,15 +183,15 @@ def _loading(name: str, family: Family, per_layer: bool, architecture: str) -> s
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})\n'
         "```"
     )
     if not per_layer:
         return f"{code}\n\nThe class is transformers' own `{architecture}`; plprune is not needed."
     targets = sorted({projection.path.rpartition(".")[2] for projection in family.roles.values()})
     return (
-        f"{code}\n\nThe layers differ from what the stock class builds, so `modeling_plprune.py` in "
-        f"this folder does it (class `{architecture}`, on top of transformers' own); plprune is not "
+        f"{code}\n\nThe layers differ from what the stock class builds: `modeling_plprune.py` in "
+        f"this folder does it (`{architecture}`, on top of transformers' own); plprune is not "
         "needed. vLLM: Transformers backend with `--trust-remote-code`.\n\n"
         f"PEFT does not know the model type: give `target_modules={json.dumps(targets)}`."
     )

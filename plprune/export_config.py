@@ -160,10 +160,11 @@ class _Draft:
             "model_type": f"plprune_{self.base_type}",
             "plprune_base_model_type": self.base_type,
         }
-        extra_bias = self._extra_bias(self._fit(cls, config).extra)
+        fit = self._fit(cls, config)
+        extra_bias = self._extra_bias(fit.extra)
         if extra_bias:
             config["plprune_extra_bias"] = extra_bias
-        fit = self._fit(cls, config)
+            fit = self._fit(cls, config)
         if fit.reason:
             raise ExportError(
                 "the model has parts that the export cannot hold",
@@ -221,12 +222,9 @@ class _Draft:
         return sorted(found)
 
     def _ranges(self) -> list[str]:
-        ranges = []
-        for quantity in ("heads", "kv_heads", "ffn"):
-            values = [vars(block)[quantity] for block in self.spec.blocks]
-            if len(set(values)) > 1:
-                ranges.append(f"{quantity} {min(values)}..{max(values)}")
-        return ranges
+        names = ("heads", "kv_heads", "ffn")
+        values = {name: [vars(block)[name] for block in self.spec.blocks] for name in names}
+        return [f"{k} {min(v)}..{max(v)}" for k, v in values.items() if min(v) < max(v)]
 
     def _fit(self, cls: Any, config: dict[str, Any]) -> _Fit:
         """Build the class without memory and compare what it asks for with what there is."""

@@ -171,7 +171,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def _local(path_or_id: str | Path) -> Path | None:
     """The folder, or None for a hub id."""
     folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    if str(path_or_id) and folder.is_dir():
         return folder
     if isinstance(path_or_id, str) and _HUB_ID.fullmatch(path_or_id) and not folder.exists():
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,10 +117,7 @@ def check(stats: StatMap, taps: Iterable[Tap]) -> None:
 
 def to_cpu(stats: StatMap) -> StatMap:
     """The same statistics on the CPU."""
-    return {
-        tap: replace(stat, **{name: value.cpu() for name, value in vars(stat).items()})  # type: ignore[type-var]
-        for tap, stat in stats.items()
-    }
+    return {tap: stat.mapped(lambda _, value: value.cpu()) for tap, stat in stats.items()}
 
 
 def zeros(model: nn.Module, taps: Iterable[Tap]) -> StatMap:

@@ -420,7 +420,7 @@ def table(planned: Sequence[Cut]) -> list[tuple[str, ...]]:
     Returns:
         Header and one row a cut: number, optimizer step, widths or share kept.
     """
-    rows = [("cut", "step", "target")]
+    rows: list[tuple[str, ...]] = [("cut", "step", "target")]
     for number, cut in enumerate(planned, start=1):
         widths = {kind: _span(value) for kind, value in cut.budget.widths.items()}
         target = (

@@ -98,19 +98,14 @@ def speed(
         ConfigError: a number is below 1, or the models are on different devices.
     """
     models = (model_a, model_b)
-    first, other = (next(model.parameters()) for model in models)
-    smallest = min([prompt_len, decode_tokens, rounds, *batch_sizes])
-    if smallest < 1 or first.device != other.device:
+    numbers = {"prompt_len": prompt_len, "decode_tokens": decode_tokens, "rounds": rounds}
+    if min([*numbers.values(), *batch_sizes]) < 1:
         raise ConfigError(
             "speed cannot be measured",
-            given=f"prompt_len {prompt_len}, decode_tokens {decode_tokens}, rounds {rounds}, "
-            f"batch_sizes {tuple(batch_sizes)}, devices {first.device} and {other.device}",
-            allowed="numbers from 1, one device",
+            given=f"{numbers}, batch_sizes {tuple(batch_sizes)}",
+            allowed="numbers from 1",
         )
-    words = min(_embedding(model).num_embeddings for model in models)
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(words, (max(batch_sizes), prompt_len), generator=generator)
-    prompt = prompt.to(first.device)
+    prompt = _random_prompt(models, max(batch_sizes), prompt_len, seed)
     start = prompt[:1, :DECODE_PROMPT]
     with evaluating(model_a), evaluating(model_b):
         prefill = {
@@ -129,8 +124,8 @@ def speed(
         decode_b=tuple(decode_tokens / b for _, b in decode),
         prompt_len=prompt_len,
         decode_tokens=decode_tokens,
-        dtypes=(_dtype(first), _dtype(other)),
-        device=first.device.type,
+        dtypes=(_dtype(model_a), _dtype(model_b)),
+        device=prompt.device.type,
         threads=torch.get_num_threads(),
     )
 
@@ -140,8 +135,24 @@ def _embedding(model: nn.Module) -> nn.Embedding:
     return embedding
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _random_prompt(
+    models: tuple[nn.Module, nn.Module], batch: int, length: int, seed: int
+) -> Tensor:
+    """Tokens Long[batch, length] that both models know, on their common device."""
+    here, there = (next(model.parameters()).device for model in models)
+    if here != there:
+        raise ConfigError(
+            "speed cannot be compared across devices",
+            given=f"{here} and {there}",
+            allowed="both models on one device",
+        )
+    words = min(_embedding(model).num_embeddings for model in models)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(words, (batch, length), generator=generator).to(here)
 
 
 def _ratio(pairs: list[Pair]) -> float:

@@ -1,21 +1,29 @@
-"""Second ways to compute what the engine computes; `tests/unit/test_oracles.py` makes each of them fail once.
+"""Second ways to compute what the engine computes; `unit/test_oracles.py` makes each fail once.
 
-The mask oracle multiplies the inputs of consuming linears by 0 and 1 in plain forward pre-hooks; the
-statistics oracle keeps every activation and computes at the end. Neither shares code with the engine.
+The mask oracle multiplies the inputs of consuming linears by 0 and 1 in plain forward pre-hooks;
+the statistics oracle keeps every activation and computes at the end. Neither shares code with what
+it checks.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tiny
+from plprune import methods
+from plprune.budget import Budget
 from plprune.describe import describe
+from plprune.drivers import whole
+from plprune.methods.base import Method
 from plprune.plan import Keep, Plan
 from plprune.spec import Entry, Spec
 from plprune.surgery.apply import Applied, apply
@@ -28,7 +36,9 @@ RTOL, ATOL = 1e-9, 1e-11
 
 def close(actual: Any, expected: Any, what: str = "") -> None:
     """Equal up to rounding in float64."""
-    torch.testing.assert_close(actual, expected, rtol=RTOL, atol=ATOL, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        actual, expected, rtol=RTOL, atol=ATOL, msg=lambda text: f"{what}: {text}"
+    )
 
 
 # --- plans ---------------------------------------------------------------------------------------
@@ -76,7 +86,9 @@ def uniform_plan(spec: Spec, widths: Mapping[str, int], seed: int = 0) -> Plan:
     for name, axis in spec.axes.items():
         if axis.kind in widths:
             members = [torch.nonzero(axis.group == label)[:, 0] for label in axis.group.unique()]
-            chosen = [m[torch.randperm(len(m), generator=generator)[: widths[axis.kind]]] for m in members]
+            chosen = [
+                m[torch.randperm(len(m), generator=generator)[: widths[axis.kind]]] for m in members
+            ]
             kept[name] = torch.cat(chosen).sort().values.tolist()
     return plan_of(spec, kept)
 
@@ -92,7 +104,9 @@ def masked(model: nn.Module, lowered: Mapping[Entry, Tensor]) -> Iterator[None]:
         for (path, side), keep in lowered.items():
             if side == "in":
 
-                def hook(_: nn.Module, args: tuple[Tensor, ...], keep: Tensor = keep) -> tuple[Tensor, ...]:
+                def hook(
+                    _: nn.Module, args: tuple[Tensor, ...], keep: Tensor = keep
+                ) -> tuple[Tensor, ...]:
                     return (args[0] * keep.to(args[0].dtype), *args[1:])
 
                 stack.callback(plain.get_submodule(path).register_forward_pre_hook(hook).remove)
@@ -131,7 +145,9 @@ def kept_part(tensor: Tensor, cuts: Iterable[tuple[int, Tensor]]) -> tuple[Tenso
     return tensor[keep].reshape(shape), tensor.masked_fill(keep, 0)
 
 
-def assert_masked_equals_cut(model: nn.Module, plan: Plan, spec: Spec | None = None) -> tuple[nn.Module, Applied]:
+def assert_masked_equals_cut(
+    model: nn.Module, plan: Plan, spec: Spec | None = None
+) -> tuple[nn.Module, Applied]:
     """The masked model and the cut model have the same logits and gradients.
 
     Args:
@@ -162,7 +178,8 @@ def assert_masked_equals_cut(model: nn.Module, plan: Plan, spec: Spec | None = N
             torch.testing.assert_close(now[name], kept_part(before, cuts)[0], rtol=0, atol=0)
         if grad is not None:
             kept, removed = kept_part(grad, cuts)
-            # A DoRA magnitude is rescaled with the norm of its row: what stays is magnitude times gradient.
+            # A DoRA magnitude is rescaled with the norm of its row: what stays is
+            # magnitude times gradient.
             scale = now[name] / kept_part(before, cuts)[0] if is_magnitude else 1.0
             close(actual[name] * scale, kept, f"gradient of {name}")
             assert not removed.any(), f"removed entries of {name} have a gradient"
@@ -211,9 +228,54 @@ def two_pass(inputs: Sequence[Tensor], masks: Sequence[Tensor] | None = None) ->
     }
 
 
-def assert_two_pass(stat: Any, inputs: Sequence[Tensor], masks: Sequence[Tensor] | None = None, rtol: float = 1e-10) -> None:
-    """Every field of a streamed statistic, and what is derived from it, equals the two-pass value."""
+def assert_two_pass(
+    stat: Any, inputs: Sequence[Tensor], masks: Sequence[Tensor] | None = None, rtol: float = 1e-10
+) -> None:
+    """Every field of a streamed statistic, and what follows from it, equals the two-pass value."""
     expected = two_pass(inputs, masks)
     names = [*vars(stat), *(name for name in ("mean_C", "variance_C") if hasattr(stat, name))]
     for name in names:
-        torch.testing.assert_close(getattr(stat, name), expected[name], rtol=rtol, atol=rtol, msg=lambda t, n=name: f"{n}: {t}")
+        torch.testing.assert_close(
+            getattr(stat, name),
+            expected[name],
+            rtol=rtol,
+            atol=rtol,
+            msg=lambda t, n=name: f"{n}: {t}",
+        )
+
+
+# --- methods -------------------------------------------------------------------------------------
+
+METHOD_FOLDER = Path(inspect.getfile(methods)).parent
+
+
+def collect() -> list[type[Method]]:
+    """Every concrete method defined in a file of `plprune/methods`."""
+    found = []
+    for path in sorted(METHOD_FOLDER.glob("*.py")):
+        module = importlib.import_module(f"{methods.__name__}.{path.stem}")
+        for value in vars(module).values():
+            own = inspect.isclass(value) and value.__module__ == module.__name__
+            if own and issubclass(value, Method) and not inspect.isabstract(value):
+                found.append(value)
+    return found
+
+
+METHODS = collect()
+
+
+def by_whole(
+    model: nn.Module, spec: Spec, method: Method, budget: Budget, batches: list[Any]
+) -> Plan:
+    """Observe the whole model, then decide."""
+    return whole.decide(model, spec, method, budget, whole.calibrate(model, spec, method, batches))
+
+
+DRIVERS: dict[str, Callable[..., Plan]] = {"whole": by_whole}
+"""`Method.order` -> how a plan is made."""
+
+
+def plan_by(method: Method, model: nn.Module, budget: Budget, batches: Any = None) -> Plan:
+    """The plan a method makes of a model, by default on `tiny.batches()`."""
+    calibration = tiny.batches() if batches is None else batches
+    return DRIVERS[method.order](model, describe(model), method, budget, calibration)

@@ -1,4 +1,4 @@
-"""Tiny random models of every family: two blocks, heads of width 8, every bias and norm made visible.
+"""Tiny random models of every family: two blocks, heads of width 8, biases and norms visible.
 
     model = tiny.model("qwen2-gqa")                  # float64, eval mode, always the same weights
     for name in tiny.VARIANTS: ...
@@ -37,11 +37,17 @@ class Variant:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def _variant(family: str, heads: int, kv_heads: int, *, tied: bool = False, **extra: Any) -> Variant:
+def _variant(
+    family: str, heads: int, kv_heads: int, *, tied: bool = False, **extra: Any
+) -> Variant:
     return Variant(family=family, heads=heads, kv_heads=kv_heads, tied=tied, extra=extra)
 
 
-_WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "query_pre_attn_scalar": 8}
+_WINDOW = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 8,
+}
 
 VARIANTS: dict[str, Variant] = {
     "llama-mha": _variant("llama", 6, 6),
@@ -66,7 +72,9 @@ VARIANTS: dict[str, Variant] = {
     "opt-mha": _variant("opt", 6, 6),
     "opt-mha-tied": _variant("opt", 6, 6, tied=True, word_embed_proj_dim=24),
     "gpt_neox-mha": _variant("gpt_neox", 6, 6),
-    "gpt_neox-mha-tied": _variant("gpt_neox", 6, 6, tied=True, use_parallel_residual=False, attention_bias=False),
+    "gpt_neox-mha-tied": _variant(
+        "gpt_neox", 6, 6, tied=True, use_parallel_residual=False, attention_bias=False
+    ),
 }
 GQA = tuple(name for name, v in VARIANTS.items() if 1 < v.kv_heads < v.heads)
 FAMILIES = tuple(dict.fromkeys(variant.family for variant in VARIANTS.values()))
@@ -109,7 +117,9 @@ def config(name: str, **changes: Any) -> Any:
     return AutoConfig.for_model(variant.family, **values)
 
 
-def model(name: str = "llama-gqa", *, dtype: torch.dtype = torch.float64, seed: int = SEED, **changes: Any) -> Any:
+def model(
+    name: str = "llama-gqa", *, dtype: torch.dtype = torch.float64, seed: int = SEED, **changes: Any
+) -> Any:
     """A tiny random model in eval mode.
 
     Args:
@@ -134,7 +144,7 @@ def model(name: str = "llama-gqa", *, dtype: torch.dtype = torch.float64, seed: 
 
 
 def _gemma_norm(self: Any, x: Tensor) -> Tensor:
-    """Gemma's norm in the dtype of its input: the stock one sums over heads in float32, also gradients."""
+    """Gemma's norm in the dtype of its input: the stock one sums gradients in float32."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
 
 
@@ -149,12 +159,17 @@ def meta(name: str = "llama-gqa", **changes: Any) -> Any:
 @functools.cache
 def llama2_7b() -> Any:
     """LLaMA2-7B on the meta device."""
-    dims = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
+    dims = {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "vocab_size": 32000,
+    }
     return meta("llama-mha", **dims, num_attention_heads=32, num_key_value_heads=32, head_dim=128)
 
 
 def randomise(module: nn.Module, seed: int = SEED) -> Any:
-    """Give every parameter random values: matrices keep the scale of their input, vectors are visible.
+    """Give every parameter random values: matrices keep the scale of their input.
 
     Args:
         module: any module; changed in place.
@@ -189,7 +204,7 @@ def batches(count: int = 3, batch: int = 2, length: int = 12) -> list[dict[str, 
 
 
 class MicroAttention(nn.Module):
-    """Causal attention whose fused projection is a Conv1D, as in GPT-2, but with a width of its own."""
+    """Causal attention with a fused Conv1D, as in GPT-2, but of a width of its own."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         from transformers.pytorch_utils import Conv1D
@@ -253,7 +268,10 @@ MICRO = Family(
     attention="attn",
     roles=MappingProxyType(
         {
-            **{role: Projection(path="attn.c_attn", parts=("q", "k", "v")) for role in ("q", "k", "v")},
+            **{
+                role: Projection(path="attn.c_attn", parts=("q", "k", "v"))
+                for role in ("q", "k", "v")
+            },
             "o": Projection(path="attn.c_proj"),
             "up": Projection(path="c_fc"),
             "down": Projection(path="c_proj"),

@@ -13,7 +13,7 @@ from plprune import dist
 from plprune.budget import Budget
 from plprune.errors import DataError
 from plprune.methods.base import Method, View
-from plprune.observe import StatMap, check, observe, to_cpu
+from plprune.observe import StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Plan
 from plprune.spec import Spec
 from plprune.surgery.linear_like import base_of, is_conv1d
@@ -22,6 +22,7 @@ from plprune.unwrap import unwrap
 Batch = Mapping[str, Tensor]
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all)."""
+_INPUTS = ("input_ids", "attention_mask")
 
 
 def calibrate(
@@ -41,14 +42,15 @@ def calibrate(
         progress: told after every batch.
 
     Returns:
-        Statistics summed over ranks, on the CPU, and the sha256 of this rank's calibration tokens.
+        Statistics summed over ranks, on the CPU, and a hash of the calibration sequences of all ranks, which
+        depends neither on how they are batched, padded and ordered nor on the number of ranks.
 
     Raises:
-        DataError: if there is no batch.
+        DataError: if there is no batch; of several ranks some may have none.
         PlanError: if a statistic is not finite or saw no token.
     """
     taps = method.taps(spec)
-    if not batches:
+    if not batches and dist.world_size() == 1:
         raise DataError(
             "empty calibration set",
             given="0 batches",
@@ -57,27 +59,30 @@ def calibrate(
         )
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    digest = hashlib.sha256()
+    digest = torch.zeros(4, dtype=torch.int64)
     plain = unwrap(model)
     device = next(p.device for p in plain.parameters())
-    # Compiled graphs do not see hooks that came after them; calibration runs eagerly.
-    with torch.no_grad(), observe(model, taps) as seen, torch.compiler.set_stance("force_eager"):
-        for number, batch in enumerate(batches):
-            digest.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
-            inputs = {
-                key: value.to(device)
-                for key, value in batch.items()
-                if key in ("input_ids", "attention_mask")
-            }
-            seen.token_mask = token_mask(inputs, method.skip_first_tokens)
-            plain(**inputs, use_cache=False, **_no_logits(plain))
-            if progress is not None:
-                progress(number + 1, len(batches))
-    for module, mode in modes.items():
-        module.training = mode
-    stats = dist.reduce(seen.stats)
+    try:
+        # Compiled graphs do not see hooks that came after them; calibration runs eagerly.
+        with (
+            torch.no_grad(),
+            observe(model, taps) as seen,
+            torch.compiler.set_stance("force_eager"),
+        ):
+            for number, batch in enumerate(batches):
+                digest += _digest(batch)
+                inputs = {k: batch[k].to(device) for k in _INPUTS if k in batch}
+                seen.token_mask = token_mask(inputs, method.skip_first_tokens)
+                plain(**inputs, use_cache=False, **_no_logits(plain))
+                if progress is not None:
+                    progress(number + 1, len(batches))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    # A rank without batches joins the sum with zeros.
+    stats = dist.reduce({**zeros(model, taps), **seen.stats})
     check(stats, taps)
-    return to_cpu(stats), digest.hexdigest()
+    return to_cpu(stats), dist.summed(digest).numpy().tobytes().hex()
 
 
 def decide(
@@ -123,6 +128,17 @@ def token_mask(inputs: Batch, skip_first: int) -> Tensor | None:
         return None
     keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     return keep & (keep.cumsum(-1) > skip_first)
+
+
+def _digest(batch: Batch) -> Tensor:
+    """[4] int64, sum of the sha256 of the sequences without padding; it wraps around and adds over ranks."""
+    ids, mask = batch["input_ids"].cpu(), batch.get("attention_mask")
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
+    total = torch.zeros(4, dtype=torch.int64)
+    for row, keep in zip(ids, kept, strict=True):
+        sequence = hashlib.sha256(row[keep].to(torch.int64).numpy().tobytes()).digest()
+        total += torch.frombuffer(bytearray(sequence), dtype=torch.int64)
+    return total
 
 
 def _no_logits(model: nn.Module) -> dict[str, Any]:

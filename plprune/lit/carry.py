@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+
+from plprune.errors import CheckpointError
 
 KEY = "plprune"
 SIDECAR = ".structure.json"
@@ -38,14 +43,19 @@ class CarryIO(_WrappingCheckpointIO):
     ) -> None:
         """Save through the wrapped IO, then the sidecar; both appear under their name only when complete."""
         checkpoint[KEY] = {key: save() for key, (save, _) in self.parts.items()}
-        self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        with _complete(path, type(self.checkpoint_io) is TorchCheckpointIO) as target:
+            self.checkpoint_io.save_checkpoint(checkpoint, target, storage_options=storage_options)
         structure = checkpoint[KEY].get("prune", {}).get("structure")
         if structure is not None and "://" not in str(path):
             write_atomic(Path(f"{path}{SIDECAR}"), json.dumps(structure, indent=1))
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load through the wrapped IO."""
-        return self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
+        """Load through the wrapped IO, with a message for a file that is damaged or missing."""
+        require_readable(path)
+        try:
+            return self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
+        except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            raise _damaged(path, str(error).partition("\n")[0]) from error
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove the checkpoint and its sidecar."""
@@ -69,28 +79,91 @@ def carry(trainer: Trainer, module: LightningModule, key: str, save: Save, load:
         checkpoint_io = CarryIO(checkpoint_io)
         trainer.strategy.checkpoint_io = checkpoint_io
     checkpoint_io.parts[key] = (save, load)
-    if not isinstance(module.__dict__.get("on_load_checkpoint"), partial):
-        own = module.on_load_checkpoint
+    own = module.__dict__.get("on_load_checkpoint")
+    if not _wrapped(own):
         # An instance attribute, because this is the only hook of a user's module that runs before its weights load.
-        object.__setattr__(module, "on_load_checkpoint", partial(_load_parts, checkpoint_io, own))
+        hook = partial(_load_parts, checkpoint_io, module, own)
+        object.__setattr__(module, "on_load_checkpoint", hook)
 
 
 def release(module: LightningModule) -> None:
-    """Give the module its own `on_load_checkpoint` back.
+    """Give the module its own `on_load_checkpoint` back; checkpoints saved later still carry the parts.
 
     Args:
-        module: it was wrapped by `carry`.
+        module: it was wrapped by `carry`, or not.
     """
-    module.__dict__.pop("on_load_checkpoint", None)
+    hook = module.__dict__.get("on_load_checkpoint")
+    if not _wrapped(hook):
+        return
+    own = hook.args[2]
+    if own is None:
+        del module.__dict__["on_load_checkpoint"]
+    else:
+        module.__dict__["on_load_checkpoint"] = own
+
+
+def _wrapped(hook: Any) -> TypeGuard[partial[None]]:
+    return isinstance(hook, partial) and hook.func is _load_parts
 
 
 def _load_parts(
-    carried: CarryIO, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]
+    carried: CarryIO,
+    module: LightningModule,
+    own: Callable[[dict[str, Any]], None] | None,
+    checkpoint: dict[str, Any],
 ) -> None:
     parts = checkpoint.get(KEY, {})
     for key, (_, load) in carried.parts.items():
         load(parts.get(key))
-    own(checkpoint)
+    hook = partial(type(module).on_load_checkpoint, module) if own is None else own
+    hook(checkpoint)
+
+
+def require_readable(path: Any) -> None:
+    """Refuse a checkpoint file that is missing or cut short, before anything is built for it.
+
+    Args:
+        path: local file; directories, remote places and Lightning's keywords are left to Lightning.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    file = Path(str(path))
+    if "://" in str(path) or file.is_dir():
+        return
+    if not file.exists():
+        raise CheckpointError(
+            "there is no such checkpoint", given=str(path), fix="check ckpt_path"
+        )
+    if not zipfile.is_zipfile(file):
+        raise _damaged(path, f"{file.stat().st_size} bytes without an end")
+
+
+def _damaged(path: Any, why: str) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint is damaged",
+        given=f"{path}: {why}",
+        allowed="a complete file written by Lightning",
+        fix="resume from the checkpoint before it",
+    )
+
+
+@contextmanager
+def _complete(path: Any, plain: bool) -> Iterator[Any]:
+    """A name to write to that becomes `path` at the end, so that a killed process leaves no half a file.
+
+    Lightning writes to the system's temporary folder and moves; between file systems that is a copy.
+    """
+    if not plain or "://" in str(path):
+        yield path
+        return
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, text: str) -> None:

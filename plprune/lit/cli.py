@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
 from plprune.errors import ConfigError, PlpruneError
+from plprune.lit.carry import require_readable
 from plprune.lit.data import LitTokens
 from plprune.lit.model import LitCausalLM
 
@@ -52,6 +53,12 @@ class PlpruneCLI(LightningCLI):
         for key, kind in _PARTS:
             parser.add_argument(f"--{key}", type=kind | None, default=None)
             parser.callback_keys.append(key)
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint first; it holds no hyperparameters that could override the config."""
+        path = self.config.get(self.config.get("subcommand") or "", {}).get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and not path.startswith("registry"):
+            require_readable(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put the callbacks of the keys that are set before the user's own."""

@@ -193,7 +193,7 @@ class LitTokens(LightningDataModule):
         return int(share["rank"]), int(share["num_replicas"])
 
     def _progress(self) -> tuple[int, bool]:
-        """Batches that the trainer fetched but has not worked off, and whether its epoch is over."""
+        """Batches the trainer fetched but has not worked off, and whether its epoch is over."""
         assert self.trainer is not None
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         return progress.current.ready - progress.current.processed, progress.is_last_batch

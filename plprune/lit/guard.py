@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from plprune.errors import ConfigError, PlanError
+from plprune.describe import describe
+from plprune.errors import CheckpointError, ConfigError, PlanError
+from plprune.lora import any_adapter
 from plprune.schedule import Length
+from plprune.unwrap import find_model, unwrap
 
 _COPIES = (
     "StochasticWeightAveraging",
@@ -56,6 +59,26 @@ def ensure_model(module: LightningModule) -> None:
         module: the user's module.
     """
     module.configure_model()
+
+
+def require_same(module: LightningModule, model: nn.Module, attribute: str | None) -> None:
+    """Refuse a module that built another model after callbacks got ready for the first.
+
+    Args:
+        module: the user's module.
+        model: found in it when callbacks were set up.
+        attribute: where the language model hangs.
+
+    Raises:
+        ConfigError: if the model is another object now.
+    """
+    if find_model(module, attribute) is not model:
+        raise ConfigError(
+            "the model was built a second time",
+            given=f"{type(module).__name__}.configure_model",
+            allowed="one that returns at once when the model is there, as Lightning asks",
+            fix="begin it with `if self.model is not None: return`",
+        )
 
 
 def length_of(trainer: Trainer) -> Length:
@@ -150,3 +173,39 @@ def progressive_of(trainer: Trainer) -> Any:
     return next(
         (c.progressive for c in callbacks if getattr(c, "progressive", None) is not None), None
     )
+
+
+def require_structure(model: nn.Module, parts: Mapping[str, Any], *, pruned: bool) -> None:
+    """Refuse a checkpoint whose weights do not fit the model as it is now.
+
+    Args:
+        model: the language model, after callbacks restored what they know.
+        parts: what the checkpoint carries, by part.
+        pruned: whether a pruning callback restored the masks.
+
+    Raises:
+        CheckpointError: naming the setting that is missing.
+    """
+    saved = parts.get("prune", {})
+    if "committed" in saved:
+        wanted, found = saved["committed"]["blocks"], [vars(b) for b in describe(model).blocks]
+        masked = saved["structure"]["fingerprint"] != saved["committed"]["fingerprint"]
+        if wanted != found or (masked and not pruned):
+            raise CheckpointError(
+                "the checkpoint is of a pruned model",
+                given=f"a checkpoint with {_first(saved['structure']['blocks'])}",
+                allowed=f"{_first(found)}, as the model in memory",
+                fix="use the config of the run with its `prune` key: plprune test --config RUN.yaml "
+                "--ckpt_path FILE (in a script: give the Trainer the same Prune callback)",
+            )
+    if parts.get("lora", {}).get("injected", False) and not any_adapter(unwrap(model)):
+        raise CheckpointError(
+            "the checkpoint has LoRA adapters",
+            given="a model without",
+            fix="use the config of the run with its `lora` key (in a script: the same LoRARecovery)",
+        )
+
+
+def _first(blocks: list[dict[str, int]]) -> str:
+    first = blocks[0]
+    return f"{first['heads']} heads, {first['kv_heads']} KV heads and FFN {first['ffn']} in block 0"

@@ -41,7 +41,7 @@ def protocol(
     Returns:
         Keys of `report_html.PROTOCOL` and, if the data module can describe itself, what it says.
     """
-    data = getattr(trainer, "datamodule", None)
+    data: Any = getattr(trainer, "datamodule", None)
     described = data.describe() if hasattr(data, "describe") else {}
     measured = (result or {}).get("protocol", {})
     values: dict[str, Any] = {

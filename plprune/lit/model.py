@@ -9,10 +9,13 @@ from typing import Any, Literal, cast, get_args
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
 from plprune.errors import ConfigError
+from plprune.lit.carry import KEY
+from plprune.lit.guard import progressive_of, require_structure
 from plprune.load import load_hf
 from plprune.schedule import Phase, learning_rate
 
@@ -121,6 +124,16 @@ class LitCausalLM(LightningModule):
             model.compile()
         self.model = model.train()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another structure before torch lists every size that differs.
+
+        Raises:
+            CheckpointError: if callbacks did not bring the model to the checkpoint's structure.
+        """
+        self.configure_model()
+        assert self.model is not None, "configure_model made it"
+        require_structure(self.model, checkpoint.get(KEY, {}), pruned=self._pruned())
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits.
 
@@ -166,7 +179,7 @@ class LitCausalLM(LightningModule):
         logits = self(batch["input_ids"], batch.get("attention_mask"))[:, :-1].float()
         metric.update(logits, batch.get("labels", batch["input_ids"])[:, 1:])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer over what is trainable, and the learning-rate schedule."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = self._optimizer(trainable)
@@ -176,10 +189,12 @@ class LitCausalLM(LightningModule):
             return learning_rate(step, phases, warmup=rate.warmup, floor=rate.floor)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        each_step: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": each_step}
+
+    def _pruned(self) -> bool:
+        """True if a pruning callback takes care of masks."""
+        return self._trainer is not None and progressive_of(self._trainer) is not None
 
     def _optimizer(self, trainable: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer_class is None:

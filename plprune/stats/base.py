@@ -6,7 +6,8 @@ Legend: N rows of a batch (samples times tokens), C channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,8 +15,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Stat(ABC):
-    """Sums over tokens. Subclasses are frozen dataclasses whose fields are float64 tensors that add."""
+    """Sums over tokens: all fields are float64 tensors that add."""
+
+    n: Tensor
+    """[] float64, tokens."""
 
     @classmethod
     @abstractmethod
@@ -24,21 +29,28 @@ class Stat(ABC):
 
     @abstractmethod
     def update(self, x_NC: Tensor) -> Self:
-        """Add the rows of one batch; rows that do not count were zeroed and `count` says how many do."""
+        """Add the rows of one batch to all sums but the count."""
 
-    @abstractmethod
     def counted(self, rows: Tensor) -> Self:
         """Add a number of tokens (0-d float64) to the count."""
+        return replace(self, n=self.n + rows)
 
     def __add__(self, other: Self) -> Self:
         """Merge two disjoint streams."""
-        return replace(
-            self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )  # type: ignore[type-var,arg-type]
+        return self.mapped(lambda name, value: value + getattr(other, name))
+
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Self:
+        """The same statistic with every sum changed by a function of its name and value."""
+        return replace(self, **{name: change(name, value) for name, value in vars(self).items()})
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All sums, in field order, for a collective."""
-        return tuple(getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        """All sums, the count first."""
+        return tuple(vars(self).values())
+
+
+def zeros(*shape: int, device: torch.device | str) -> Tensor:
+    """Float64 zeros, the start of every sum."""
+    return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +71,12 @@ def fold(stat: Stat, x: Tensor, token_mask: Tensor | None = None) -> Stat:
     Args:
         stat: sums so far.
         x: [..., C] activation in any float dtype.
-        token_mask: shape of `x` without its last dimension, True for tokens that count; None counts all.
+        token_mask: shape of `x` without its last dimension, True for tokens that count; None
+            counts all.
 
     Returns:
-        The new sums. Batches are summed in float32 (or better), running sums are float64: 5e5 squared terms
-        would lose digits in float32.
+        The new sums. Batches are summed in float32 (or better), running sums are float64: 5e5
+        squared terms would lose digits in float32.
     """
     x_NC = x.detach().reshape(-1, x.shape[-1])
     x_NC = x_NC if x_NC.dtype == torch.float64 else x_NC.float()

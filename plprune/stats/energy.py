@@ -7,28 +7,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from plprune.stats.base import Stat
+from plprune.stats.base import Stat, zeros
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Energy(Stat):
     """Count and sum of squares."""
 
-    n: Tensor
-    """[] float64, tokens."""
     xx_C: Tensor
     """[C] float64, sum of x^2."""
 
     @classmethod
     def zero(cls, channels: int, device: torch.device | str = "cpu") -> Energy:
         """Empty statistic for C channels."""
-        made = {"dtype": torch.float64, "device": device}
-        return cls(n=torch.zeros((), **made), xx_C=torch.zeros(channels, **made))  # type: ignore[arg-type]
+        return cls(n=zeros(device=device), xx_C=zeros(channels, device=device))
 
     def update(self, x_NC: Tensor) -> Energy:
         """Add x^2 summed over rows."""
         return replace(self, xx_C=self.xx_C + torch.einsum("nc,nc->c", x_NC, x_NC))
-
-    def counted(self, rows: Tensor) -> Energy:
-        """Add tokens."""
-        return replace(self, n=self.n + rows)

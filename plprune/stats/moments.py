@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from plprune.stats.base import Stat
+from plprune.stats.base import Stat, zeros
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Moments(Stat):
     """Count, sum and sum of squares."""
 
-    n: Tensor
-    """[] float64, tokens."""
     x_C: Tensor
     """[C] float64, sum of x."""
     xx_C: Tensor
@@ -24,19 +22,13 @@ class Moments(Stat):
     @classmethod
     def zero(cls, channels: int, device: torch.device | str = "cpu") -> Moments:
         """Empty statistic for C channels."""
-        made = {"dtype": torch.float64, "device": device}
-        zeros = [torch.zeros(channels, **made) for _ in range(2)]  # type: ignore[arg-type]
-        return cls(n=torch.zeros((), **made), x_C=zeros[0], xx_C=zeros[1])  # type: ignore[arg-type]
+        return cls(n=zeros(device=device), x_C=zeros(channels, device=device), xx_C=zeros(channels, device=device))
 
     def update(self, x_NC: Tensor) -> Moments:
         """Add x and x^2 summed over rows."""
         return replace(
             self, x_C=self.x_C + x_NC.sum(0), xx_C=self.xx_C + torch.einsum("nc,nc->c", x_NC, x_NC)
         )
-
-    def counted(self, rows: Tensor) -> Moments:
-        """Add tokens."""
-        return replace(self, n=self.n + rows)
 
     @property
     def mean_C(self) -> Tensor:

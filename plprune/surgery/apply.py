@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from plprune.errors import PlanError
 from plprune.families.base import Family
-from plprune.plan import Mask, Plan, Write
-from plprune.spec import Lowered, Spec
+from plprune.plan import Keep, Mask, Plan, Write
+from plprune.spec import Entry, Lowered, Spec
 from plprune.surgery.linear_like import base_of, is_conv1d, is_lora, refresh_sizes
 from plprune.surgery.lower import lower
 from plprune.surgery.state import CutTable, Swap, cut, cut_table
@@ -47,6 +47,8 @@ def apply(model: nn.Module, plan: Plan, spec: Spec) -> Applied:
     """
     lowered = lower(plan, spec)
     plain = unwrap(model)
+    spec = _check_edits(plan, spec)
+    _check_shared(plain, cut_table(plain, _with_dead(spec, lowered)))
     _write(plain, plan)
     return commit(plain, spec, lowered)
 
@@ -61,13 +63,15 @@ def commit(model: nn.Module, spec: Spec, lowered: Lowered) -> Applied:
 
     Returns:
         The new spec and the replaced parameters.
+
+    Raises:
+        PlanError: if tensors that two modules share would not be cut alike; nothing is changed then.
     """
     plain = unwrap(model)
-    keep = {entry: ~dead for entry, dead in spec.dead.items()}
-    for entry, mask in lowered.items():
-        keep[entry] = keep[entry] & mask if entry in keep else mask
+    keep = _with_dead(spec, lowered)
     after = spec.cut(keep, physical=True)
     table = cut_table(plain, keep)
+    _check_shared(plain, table)
     norms = _dora_norms(plain, keep)
     swaps = _swap(plain, table)
     for path in {path for path, _ in keep}:
@@ -85,7 +89,6 @@ def _swap(model: nn.Module, table: CutTable) -> list[Swap]:
         owner = model.get_submodule(owner_path)
         old = cast(nn.Parameter, owner._parameters[leaf])
         if old in done:  # a tensor shared by two modules is cut once
-            _require_same(done[old], name, cuts)
             owner._parameters[leaf] = done[old].new
             continue
         new = nn.Parameter(cut(old.detach(), cuts), requires_grad=old.requires_grad)
@@ -97,16 +100,57 @@ def _swap(model: nn.Module, table: CutTable) -> list[Swap]:
     return swaps
 
 
-def _require_same(first: Swap, name: str, cuts: tuple[tuple[int, Tensor], ...]) -> None:
-    same = len(first.cuts) == len(cuts) and all(
-        a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first.cuts, cuts, strict=True)
-    )
-    if not same:
-        raise PlanError(
-            "two modules share a tensor but lose different entries",
-            given=f"{first.name} and {name}",
-            fix="untie them, or leave their axis out of the plan",
-        )
+def _with_dead(spec: Spec, lowered: Lowered) -> dict[Entry, Tensor]:
+    """Kept entries, without those that are masked already."""
+    keep = {entry: ~dead for entry, dead in spec.dead.items()}
+    for entry, mask in lowered.items():
+        keep[entry] = keep[entry] & mask if entry in keep else mask
+    return keep
+
+
+def _check_shared(model: nn.Module, table: CutTable) -> None:
+    """Tensors that hang in several modules must lose the same entries in all of them."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for first, *others in names.values():
+        for other in others:
+            one, two = table.get(first, ()), table.get(other, ())
+            if len(one) != len(two) or any(
+                a[0] != b[0] or not torch.equal(a[1], b[1]) for a, b in zip(one, two, strict=True)
+            ):
+                raise PlanError(
+                    "two modules share a tensor but lose different entries",
+                    given=f"{first} and {other}",
+                    fix="untie them, or leave their axis out of the plan",
+                )
+
+
+def _check_edits(plan: Plan, spec: Spec) -> Spec:
+    """Refuse edits that fit no linear; the spec with the biases the plan adds."""
+    linears = dict(spec.linears)
+    for edit in plan.edits:
+        if isinstance(edit, Keep):
+            continue
+        linear = linears.get(edit.module)
+        if linear is None:
+            raise PlanError(
+                f"cannot edit {edit.module}",
+                given="no such linear",
+                allowed=f"{next(iter(linears))}, ...",
+            )
+        matrix, vector = (linear.rows, linear.cols), (linear.rows,)
+        wanted = {"weight": matrix, "keep": matrix, "bias": vector}
+        for name, tensor in vars(edit).items():
+            if isinstance(tensor, Tensor) and tensor.shape != wanted[name]:
+                raise PlanError(
+                    f"cannot edit {edit.module}",
+                    given=f"{name} of shape {tuple(tensor.shape)}",
+                    allowed=str(wanted[name]),
+                )
+        if isinstance(edit, Write) and edit.bias is not None:
+            linears[edit.module] = replace(linear, bias=True)
+    return replace(spec, linears=linears)
 
 
 def _write(model: nn.Module, plan: Plan) -> None:
@@ -130,12 +174,13 @@ def _write(model: nn.Module, plan: Plan) -> None:
 
 def _write_bias(base: nn.Module, bias: Tensor) -> None:
     weight = cast(nn.Parameter, base.weight)
-    if base.bias is None:
+    old = cast("nn.Parameter | None", base.bias)
+    if old is None:
         base.bias = nn.Parameter(
             bias.to(weight.device, weight.dtype), requires_grad=weight.requires_grad
         )
     else:
-        cast(nn.Parameter, base.bias).copy_(bias)
+        old.copy_(bias)
 
 
 def _dora_norms(model: nn.Module, keep: Lowered) -> dict[tuple[str, str], Tensor]:
@@ -172,7 +217,7 @@ def _row_norms(module: Any, adapter: str) -> Tensor:
         weight = base.weight.T if is_conv1d(base) else base.weight
         delta = module.lora_B[adapter].weight @ module.lora_A[adapter].weight
         total: Tensor = weight.double() + module.scaling[adapter] * delta.double()
-        return torch.linalg.vector_norm(total, dim=1)
+        return cast(Tensor, torch.linalg.vector_norm(total, dim=1))
 
 
 def _refresh_counters(model: nn.Module, family: Family, spec: Spec) -> None:

@@ -13,6 +13,7 @@ from plprune.errors import StructureError
 from plprune.plan import Keep, Plan
 from plprune.spec import Spec
 from plprune.surgery.apply import Applied, apply
+from plprune.surgery.lower import lower
 
 FORMAT = 1
 
@@ -52,11 +53,8 @@ def plan_for(structure: Mapping[str, Any], spec: Spec) -> Plan:
         StructureError: if the structure is damaged or belongs to another dense model.
     """
     try:
-        version, wanted, kept = (
-            structure["format"],
-            structure["dense_fingerprint"],
-            dict(structure["kept"]),
-        )
+        version, kept = structure["format"], dict(structure["kept"])
+        wanted, fingerprint = structure["dense_fingerprint"], structure["fingerprint"]
     except (KeyError, TypeError, ValueError) as error:
         raise StructureError(
             "not a plprune structure", given=f"missing {error}", allowed="a dict written by plprune"
@@ -78,19 +76,23 @@ def plan_for(structure: Mapping[str, Any], spec: Spec) -> Plan:
     edits = []
     for name, units in kept.items():
         axis = spec.axes.get(name)
-        if (
-            axis is None
-            or not units
-            or max(units) >= axis.size
-            or sorted(set(units)) != list(units)
-        ):
+        if axis is None or not _valid(units, axis.size):
             raise StructureError(
                 f"damaged structure at axis {name}",
-                given=f"{len(units)} kept units",
+                given=f"{len(units)} kept units" if isinstance(units, list) else repr(units),
                 allowed="ascending unit numbers of an axis of this model",
             )
         edits.append(Keep(axis=name, kept=torch.tensor(units, dtype=torch.int64)))
-    return Plan(edits=tuple(edits), fingerprint=spec.fingerprint, method="structure")
+    plan = Plan(edits=tuple(edits), fingerprint=spec.fingerprint, method="structure")
+    made = spec.cut(lower(plan, spec), physical=True).fingerprint
+    if made != fingerprint:
+        raise StructureError(
+            "damaged structure",
+            given=f"fingerprint {fingerprint}",
+            allowed=f"{made}, what its kept units give",
+            fix="take the structure file from the checkpoint again",
+        )
+    return plan
 
 
 def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> Applied:
@@ -107,19 +109,17 @@ def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> Applied:
         StructureError: if the structure does not fit.
     """
     spec = describe(model)
-    applied = apply(model, plan_for(structure, spec), spec)
-    if applied.spec.fingerprint != structure["fingerprint"]:
-        raise StructureError(
-            "damaged structure",
-            given=f"fingerprint {structure['fingerprint']}",
-            allowed=f"{applied.spec.fingerprint}, what its kept units give",
-            fix="take the structure file from the checkpoint again",
-        )
-    return applied
+    return apply(model, plan_for(structure, spec), spec)
+
+
+def _valid(units: object, size: int) -> bool:
+    if not isinstance(units, list) or not units or not all(type(unit) is int for unit in units):
+        return False
+    return units[0] >= 0 and units[-1] < size and sorted(set(units)) == units
 
 
 def _sizes(blocks: object) -> str:
-    if not isinstance(blocks, list) or not blocks:
+    if not isinstance(blocks, list) or not blocks or not isinstance(blocks[0], dict):
         return "no blocks"
-    first = blocks[0]
-    return f"{len(blocks)} blocks of {first['heads']}/{first['kv_heads']} heads, FFN {first['ffn']}"
+    heads, kv_heads, ffn = (blocks[0].get(key, "?") for key in ("heads", "kv_heads", "ffn"))
+    return f"{len(blocks)} blocks of {heads}/{kv_heads} heads, FFN {ffn}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,14 +97,17 @@ def check_sliceable(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
     Raises:
         PlanError: if a state tensor has neither the parameter's shape nor one element.
     """
-    for parameter, state in optimizer.state.items():
+    _refuse_lbfgs(optimizer)
+    for key_tensor, state in optimizer.state.items():
+        parameter = cast(nn.Parameter, key_tensor)
         if parameter not in names:
             continue
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape != parameter.shape and value.numel() > 1:
                 raise PlanError(
                     f"cannot cut the state of {type(optimizer).__name__}",
-                    given=f"{key} of shape {tuple(value.shape)} for {names[parameter]} {tuple(parameter.shape)}",
+                    given=f"{key} of shape {tuple(value.shape)} for "
+                    f"{names[parameter]} {tuple(parameter.shape)}",
                     allowed="state tensors with the parameter's shape (SGD, Adam, AdamW, ...)",
                     fix="set optimizer_state: reset, or use another optimizer",
                 )
@@ -119,6 +123,7 @@ def slice_optimizer(
         swaps: replaced parameters.
         reset: drop all state instead (also of parameters that were not cut), as TransAct's release does.
     """
+    _refuse_lbfgs(optimizer)
     by_old = {swap.old: swap for swap in swaps}
     for group in optimizer.param_groups:
         group["params"] = [by_old[p].new if p in by_old else p for p in group["params"]]
@@ -134,3 +139,14 @@ def slice_optimizer(
                 else value
                 for key, value in state.items()
             }
+
+
+def _refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
+    # It keeps its own list of parameters, which would go on naming the old ones, also after a reset.
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise PlanError(
+            "cannot cut the state of LBFGS",
+            given="one flat history over all parameters",
+            allowed="state tensors with the parameter's shape (SGD, Adam, AdamW, ...)",
+            fix="use another optimizer",
+        )

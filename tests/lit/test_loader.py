@@ -285,7 +285,7 @@ def run(
     module.die_in_batch = die
     trainer = make_trainer(*([] if killer is None else [killer]), **settings)
     if killer is None:
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=False)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
     else:
         with pytest.raises(KilledError):
             trainer.fit(module, datamodule=data)
@@ -367,7 +367,7 @@ def test_a_run_killed_twice(data: LitTokens, tmp_path: Path):
         module = Tiny()
         trainer = make_trainer(Kill("on_train_batch_end", call, path), max_epochs=3)
         with pytest.raises(KilledError):
-            trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=False)
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
         seen += module.seen
         ckpt = path
     assert seen + run(data, RUNS["epochs"], ckpt=ckpt)[0] == whole("epochs", data)[0]
@@ -394,7 +394,7 @@ def test_a_loader_alone_resumes_in_the_middle_of_an_epoch(tmp_path: Path):
         loader = TokenLoader(numbered(), BATCH)
         trainer = make_trainer(*callbacks, max_epochs=2, limit_val_batches=0)
         try:
-            trainer.fit(module, loader, ckpt_path=ckpt, weights_only=False)
+            trainer.fit(module, loader, ckpt_path=ckpt, weights_only=True)
         except KilledError:
             assert callbacks
         return module.seen

@@ -24,8 +24,8 @@ KINDS = ("kv_group", "mlp")
 
 def spec_of(heads: int, rep: int, ffn: int, hidden: int, blocks: int, bias: bool) -> Spec:
     dims = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": blocks}
-    return describe(tiny.meta("qwen3-gqa", **dims, num_attention_heads=heads * rep, num_key_value_heads=heads,
-                              attention_bias=bias))  # fmt: skip
+    dims |= {"num_attention_heads": heads * rep, "num_key_value_heads": heads}
+    return describe(tiny.meta("qwen3-gqa", **dims, attention_bias=bias))
 
 
 SPEC = spec_of(4, 2, 48, 32, 2, True)
@@ -41,15 +41,16 @@ def smallest(spec: Spec, budget: Budget, kinds: tuple[str, ...]) -> dict[str, li
     return fixed | {k: [n] * len(spec.blocks) for k, n in least.items() if k not in fixed}
 
 
-def check(spec: Spec, budget: Budget, kinds: tuple[str, ...] = KINDS) -> dict[str, list[int]] | None:
-    """The promise of `uniform`; None when it refused, which must be justified."""
+def check(
+    spec: Spec, budget: Budget, kinds: tuple[str, ...] = KINDS
+) -> dict[str, list[int]] | None:
+    """The promise of `uniform`; None when nothing fits and it says so."""
     target = budget.keep * price(spec, budget) * (1 + 1e-12)
-    try:
-        widths = uniform(spec, budget, kinds)
-    except BudgetError as error:
-        assert at(spec, budget, smallest(spec, budget, kinds)) > target, "refused though something fits"
-        assert "no widths meet the budget" in str(error) or "exceed" in str(error)
+    if at(spec, budget, smallest(spec, budget, kinds)) > target:
+        with pytest.raises(BudgetError, match=r"no widths meet the budget|exceed the budget"):
+            uniform(spec, budget, kinds)
         return None
+    widths = uniform(spec, budget, kinds)
     assert at(spec, budget, widths) <= target
     free = [kind for kind in kinds if kind not in budget.widths]
     for kind in kinds:
@@ -70,10 +71,12 @@ def check(spec: Spec, budget: Budget, kinds: tuple[str, ...] = KINDS) -> dict[st
     return widths
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    dims=st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(2, 96), st.sampled_from([16, 48]),
-                   st.integers(1, 3), st.booleans()),
+    dims=st.tuples(
+        st.integers(1, 6), st.integers(1, 4), st.integers(2, 96), st.sampled_from([16, 48]),
+        st.integers(1, 3), st.booleans(),
+    ),
     keep=st.floats(0.05, 1.0),
     of=st.sampled_from(["params", "flops", "kv_cache"]),
     base=st.sampled_from(BASES),
@@ -83,7 +86,11 @@ def check(spec: Spec, budget: Budget, kinds: tuple[str, ...] = KINDS) -> dict[st
 )  # fmt: skip
 def test_within_the_budget_by_at_most_one_multiple(dims, keep, of, base, multiples, kinds, context):
     multiple_of = {"kv_group": multiples[0], "query_in_group": multiples[0], "mlp": multiples[1]}
-    check(spec_of(*dims), Budget(keep=keep, of=of, base=base, multiple_of=multiple_of, context=context), kinds)
+    check(
+        spec_of(*dims),
+        Budget(keep=keep, of=of, base=base, multiple_of=multiple_of, context=context),
+        kinds,
+    )
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -100,7 +107,10 @@ def test_every_base_and_quantity_is_met(of: str, base: str, keep: float):
 
 
 def test_bases_differ():
-    found = {base: str(uniform(SPEC, Budget(keep=0.7, base=base, multiple_of={}), KINDS)) for base in BASES}
+    found = {
+        base: str(uniform(SPEC, Budget(keep=0.7, base=base, multiple_of={}), KINDS))
+        for base in BASES
+    }
     assert len(set(found.values())) >= 3
 
 
@@ -117,7 +127,10 @@ def test_attention_is_rounded_up_and_the_mlp_makes_up_for_it():
 
 
 def test_kv_cache_leaves_the_mlp_alone():
-    assert uniform(SPEC, Budget(keep=0.6, of="kv_cache"), KINDS) == {"kv_group": [2, 2], "mlp": [48, 48]}
+    assert uniform(SPEC, Budget(keep=0.6, of="kv_cache"), KINDS) == {
+        "kv_group": [2, 2],
+        "mlp": [48, 48],
+    }
 
 
 @pytest.mark.parametrize("of", ["params", "flops", "kv_cache"])
@@ -127,7 +140,9 @@ def test_keep_everything(of: str):
     widths = uniform(spec, Budget(keep=1.0, of=of), ("kv_group", "query_in_group", "mlp"))
     assert widths == {kind: units_per_group(spec, kind) for kind in widths}
     # Every unit is kept, so surgery replaces nothing.
-    plan = oracles.plan_of(spec, {name: range(size) for name, size in sizes_of(spec, widths).items()})
+    plan = oracles.plan_of(
+        spec, {name: range(size) for name, size in sizes_of(spec, widths).items()}
+    )
     pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
     applied = apply(model, plan, spec)
     assert applied.swaps == ()
@@ -146,7 +161,10 @@ def test_keep_everything(of: str):
 def test_fixed_widths_are_honoured(widths: dict, expected: list[int]):
     budget = Budget(keep=0.6, widths=widths, multiple_of={"mlp": 2})
     assert check(SPEC, budget)["kv_group"] == expected
-    assert uniform(SPEC, Budget(widths=widths | {"mlp": [5, 7]}), KINDS) == {"kv_group": expected, "mlp": [5, 7]}
+    assert uniform(SPEC, Budget(widths=widths | {"mlp": [5, 7]}), KINDS) == {
+        "kv_group": expected,
+        "mlp": [5, 7],
+    }
 
 
 def test_a_multiple_larger_than_the_model_keeps_all_or_refuses():
@@ -157,7 +175,10 @@ def test_a_multiple_larger_than_the_model_keeps_all_or_refuses():
 
 def test_attention_multiples_hold_and_never_exceed_the_model():
     spec = spec_of(3, 1, 48, 32, 1, False)
-    found = [check(spec, Budget(keep=k, multiple_of={"kv_group": 2, "mlp": 4})) for k in (0.3, 0.6, 0.7, 0.95)]
+    found = [
+        check(spec, Budget(keep=k, multiple_of={"kv_group": 2, "mlp": 4}))
+        for k in (0.3, 0.6, 0.7, 0.95)
+    ]
     assert found[0] is None
     assert [widths["kv_group"] for widths in found[1:]] == [[2], [3], [3]]
 
@@ -165,16 +186,40 @@ def test_attention_multiples_hold_and_never_exceed_the_model():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (Budget(widths={"head": 1}), r"unknown axis kind budget.widths.head: given head; allowed kv_group, query_in_gr"),
-        (Budget(widths={"mlp": [1, 2, 3]}), r"budget.widths.mlp has the wrong length: given 3 numbers; allowed one num"),
-        (Budget(widths={"mlp": 49}), r"mlp width 49 requested for block 0: given 49; allowed 1..48; fix: set budget.wi"),
-        (Budget(widths={"kv_group": [4, 5]}), r"kv_group width 5 requested for block 1: given 5; allowed 1..4"),
-        (Budget(keep=0.5, multiple_of={"mpl": 8}), r"unknown axis kind budget.multiple_of.mpl: given mpl; allowed kv_g"),
-        (Budget(keep=0.5, widths={"kv_group": 4, "mlp": 48}), r"the stated widths exceed the budget: given 1.0000 of par"),
-        (Budget(keep=0.01), r"no widths meet the budget: given keep 0.01 of params \(non_embedding\); allowed at least 0.\d+"),
-        (Budget(keep=0.1, of="kv_cache"), r"no widths meet the budget: given keep 0.1 of kv_cache"),
+        (
+            Budget(widths={"head": 1}),
+            r"unknown axis kind budget.widths.head: given head; allowed kv_group, query_in_group, mlp",
+        ),
+        (
+            Budget(widths={"mlp": [1, 2, 3]}),
+            r"budget.widths.mlp has the wrong length: given 3 numbers; allowed one number, or one fo",
+        ),
+        (
+            Budget(widths={"mlp": 49}),
+            r"mlp width 49 requested for block 0: given 49; allowed 1..48; fix: set budget.widths.mlp",
+        ),
+        (
+            Budget(widths={"kv_group": [4, 5]}),
+            r"kv_group width 5 requested for block 1: given 5; allowed 1..4",
+        ),
+        (
+            Budget(keep=0.5, multiple_of={"mpl": 8}),
+            r"unknown axis kind budget.multiple_of.mpl: given mpl; allowed kv_group, query_in_group",
+        ),
+        (
+            Budget(keep=0.5, widths={"kv_group": 4, "mlp": 48}),
+            r"the stated widths exceed the budget: given 1.0000 of params \(non_embedding\); allowed",
+        ),
+        (
+            Budget(keep=0.01),
+            r"no widths meet the budget: given keep 0.01 of params \(non_embedding\); allowed at lea",
+        ),
+        (
+            Budget(keep=0.1, of="kv_cache"),
+            r"no widths meet the budget: given keep 0.1 of kv_cache \(non_embedding\); allowed at lea",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused(budget: Budget, message: str):
     with pytest.raises(BudgetError, match=message):
         uniform(SPEC, budget, KINDS)
@@ -194,7 +239,10 @@ def test_blocks_that_differ_need_widths():
     model = tiny.model("llama-gqa")
     spec = describe(model)
     cut = apply(model, oracles.plan_of(spec, {"layers.0.mlp": range(20)}), spec).spec
-    with pytest.raises(BudgetError, match=r"blocks differ in mlp, a uniform budget cannot be split: given \[20, 40\]; fix"):
+    with pytest.raises(
+        BudgetError,
+        match=r"blocks differ in mlp, a uniform budget cannot be split: given \[20, 40\]; fix",
+    ):
         uniform(cut, Budget(keep=0.5), KINDS)
     assert uniform(cut, Budget(keep=0.9, widths={"mlp": [10, 20]}), KINDS)["mlp"] == [10, 20]
 

@@ -25,7 +25,10 @@ def edited(spec, *edits) -> Plan:
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, torch.Tensor]]:
-    return {name: (id(p), p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: (id(p), p.detach().clone())
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def assert_untouched(model: nn.Module, before: dict[str, tuple[int, torch.Tensor]]) -> None:
@@ -47,7 +50,13 @@ def test_only_cut_parameters_are_replaced():
     assert {swap.name for swap in applied.swaps} == set(applied.table)
     assert set(applied.table) == {
         f"model.layers.0.mlp.{n}"
-        for n in ("up_proj.weight", "up_proj.bias", "gate_proj.weight", "gate_proj.bias", "down_proj.weight")
+        for n in (
+            "up_proj.weight",
+            "up_proj.bias",
+            "gate_proj.weight",
+            "gate_proj.bias",
+            "down_proj.weight",
+        )
     }
     for name, new in model.named_parameters():
         assert (new is before[name]) == (name not in applied.table)
@@ -55,7 +64,11 @@ def test_only_cut_parameters_are_replaced():
         assert torch.equal(new.grad, oracles.kept_part(grads[name], applied.table.get(name, ()))[0])
         assert new.is_contiguous()
     mlp = model.model.layers[0].mlp
-    assert (mlp.up_proj.out_features, mlp.up_proj.in_features, mlp.down_proj.in_features) == (10, 48, 10)
+    assert (mlp.up_proj.out_features, mlp.up_proj.in_features, mlp.down_proj.in_features) == (
+        10,
+        48,
+        10,
+    )
     assert mlp.intermediate_size == 10
 
 
@@ -65,8 +78,14 @@ def test_counters_follow_and_unequal_widths_leave_the_config():
     applied = apply(model, oracles.plan_of(spec, {"layers.0.query_in_group": [0, 2, 4]}), spec)
     assert [block.self_attn.num_key_value_groups for block in model.model.layers] == [1, 2]
     assert model.config.num_attention_heads == 6
-    apply(model, oracles.plan_of(applied.spec, {"layers.1.query_in_group": [1, 3, 5]}), applied.spec)
-    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (3, 3, 8)
+    apply(
+        model, oracles.plan_of(applied.spec, {"layers.1.query_in_group": [1, 3, 5]}), applied.spec
+    )
+    assert (
+        model.config.num_attention_heads,
+        model.config.num_key_value_heads,
+        model.config.head_dim,
+    ) == (3, 3, 8)
 
 
 def test_phi3_blocks_get_their_own_config():
@@ -81,10 +100,16 @@ def test_conv1d_model(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, tiny.MICRO))
     model = tiny.micro()
     for seed in range(4):
-        small, applied = oracles.assert_masked_equals_cut(model, oracles.random_plan(describe(model), seed))
+        small, applied = oracles.assert_masked_equals_cut(
+            model, oracles.random_plan(describe(model), seed)
+        )
         assert tally(small, applied.spec).params == count_params(applied.spec)
         for block, dims in zip(small.h, applied.spec.blocks, strict=True):
-            assert (block.c_fc.nf, block.c_proj.nx, block.attn.c_proj.nx) == (dims.ffn, dims.ffn, dims.heads * 8)
+            assert (block.c_fc.nf, block.c_proj.nx, block.attn.c_proj.nx) == (
+                dims.ffn,
+                dims.ffn,
+                dims.heads * 8,
+            )
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-bias", "micro"])
@@ -115,7 +140,11 @@ def test_a_bias_where_there_was_none_is_counted():
     applied = apply(model, edited(spec, Write(module=DOWN, bias=bias)), spec)
     assert torch.equal(model.get_submodule(DOWN).bias, bias)
     assert applied.spec.linears[DOWN].bias
-    assert count_params(applied.spec).model == count_params(spec).model + 48 == tally(model, applied.spec).params.model
+    assert (
+        count_params(applied.spec).model
+        == count_params(spec).model + 48
+        == tally(model, applied.spec).params.model
+    )
 
 
 def test_shared_tensors_are_cut_once_and_stay_shared():
@@ -130,7 +159,7 @@ def test_shared_tensors_are_cut_once_and_stay_shared():
     assert small.model.layers[0].mlp.up_proj.weight is small.model.layers[1].mlp.up_proj.weight
     assert len(applied.swaps) == 3
     before = snapshot(model)
-    message = r"two modules share a tensor but lose different entries: given \S+ and \S+; fix: untie them, or leave"
+    message = r"two modules share a tensor but lose different entries: given \S+ and \S+; fix: unt"
     for other in ({"layers.1.mlp": range(1, 8)}, {}):
         plan = oracles.plan_of(spec, {"layers.0.mlp": range(7)} | other)
         with pytest.raises(PlanError, match=message):
@@ -154,10 +183,22 @@ def test_tied_embedding_survives_byte_for_byte():
 @pytest.mark.parametrize(
     ("edits", "message"),
     [
-        ((Write(module="model.nowhere", bias=torch.ones(2)),), r"cannot edit model.nowhere: given no such linear"),
-        ((Write(module=UP, weight=torch.ones(48, 40)),), r"cannot edit \S+up_proj: given weight of shape \(48, 40\); all"),
-        ((Write(module=UP, bias=torch.ones(1)),), r"cannot edit \S+up_proj: given bias of shape \(1,\); allowed \(40,\)"),
-        ((Mask(module=UP, keep=torch.ones(40, 1)),), r"cannot edit \S+up_proj: given keep of shape \(40, 1\); allowed"),
+        (
+            (Write(module="model.nowhere", bias=torch.ones(2)),),
+            r"cannot edit model.nowhere: given no such linear",
+        ),
+        (
+            (Write(module=UP, weight=torch.ones(48, 40)),),
+            r"cannot edit \S+up_proj: given weight of shape \(48, 40\); all",
+        ),
+        (
+            (Write(module=UP, bias=torch.ones(1)),),
+            r"cannot edit \S+up_proj: given bias of shape \(1,\); allowed \(40,\)",
+        ),
+        (
+            (Mask(module=UP, keep=torch.ones(40, 1)),),
+            r"cannot edit \S+up_proj: given keep of shape \(40, 1\); allowed",
+        ),
     ],
 )
 def test_edits_that_do_not_fit(edits: tuple, message: str):

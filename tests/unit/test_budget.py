@@ -12,16 +12,31 @@ from plprune.errors import BudgetError
     ("given", "message"),
     [
         ({}, r"empty budget: given neither keep nor widths; fix: set budget.keep, e.g. 0.8"),
-        ({"keep": 0.0}, r"budget.keep out of range: given 0.0; allowed a share in \(0, 1\]; fix: 0.8 keeps 80 %"),
+        (
+            {"keep": 0.0},
+            r"budget.keep out of range: given 0.0; allowed a share in \(0, 1\]; fix: 0.8 keeps 80",
+        ),
         ({"keep": 1.01}, r"budget.keep out of range: given 1.01"),
         ({"keep": -0.5}, r"budget.keep out of range"),
         ({"keep": float("nan")}, r"budget.keep out of range: given nan"),
-        ({"keep": 0.5, "of": "units"}, r"unknown budget.of: given 'units'; allowed params, flops, kv_cache"),
-        ({"keep": 0.5, "base": "all"}, r"unknown budget.base: given 'all'; allowed prunable, blocks, non_embedding, mo"),
-        ({"widths": {"mlp": 0}}, r"budget.widths.mlp too small: given 0; allowed at least 1 unit in every block; fix"),
+        (
+            {"keep": 0.5, "of": "units"},
+            r"unknown budget.of: given 'units'; allowed params, flops, kv_cache",
+        ),
+        (
+            {"keep": 0.5, "base": "all"},
+            r"unknown budget.base: given 'all'; allowed prunable, blocks, non_embedding, mo",
+        ),
+        (
+            {"widths": {"mlp": 0}},
+            r"budget.widths.mlp too small: given 0; allowed at least 1 unit in every block; fix",
+        ),
         ({"widths": {"mlp": [4, 0]}}, r"budget.widths.mlp too small: given \[4, 0\]"),
         ({"widths": {"mlp": []}}, r"budget.widths.mlp too small: given \[\]"),
-        ({"keep": 0.5, "multiple_of": {"mlp": 0}}, r"budget.multiple_of.mlp too small: given 0; allowed 1 or more"),
+        (
+            {"keep": 0.5, "multiple_of": {"mlp": 0}},
+            r"budget.multiple_of.mlp too small: given 0; allowed 1 or more",
+        ),
     ],
 )
 def test_refused(given: dict, message: str):

@@ -29,7 +29,9 @@ def by_hand(heads: int, ffn: int) -> int:
 
 def sizes(heads: int, ffn: int) -> dict[str, int]:
     spec = describe(tiny.llama2_7b())
-    return {a.name: heads for a in spec.of_kind("kv_group")} | {a.name: ffn for a in spec.of_kind("mlp")}
+    return {a.name: heads for a in spec.of_kind("kv_group")} | {
+        a.name: ffn for a in spec.of_kind("mlp")
+    }
 
 
 @pytest.mark.parametrize(("heads", "ffn"), list(LLAMA2))
@@ -52,14 +54,22 @@ def test_llama2_on_the_way(heads: int, ffn: int, total: float):
 
 
 def test_llama2_cut_on_the_meta_device():
-    model = tiny.meta("llama-mha", hidden_size=H, intermediate_size=11008, num_hidden_layers=L, vocab_size=V,
-                      num_attention_heads=32, num_key_value_heads=32, head_dim=E)  # fmt: skip
+    model = copy.deepcopy(tiny.llama2_7b())
     spec = describe(model)
     applied = apply(model, oracles.uniform_plan(spec, {"kv_group": 6, "mlp": 1536}), spec)
     real = sum(p.numel() for p in model.parameters())
-    assert real == by_hand(6, 1536) == count_params(applied.spec).model == tally(model, applied.spec).params.model
+    assert (
+        real
+        == by_hand(6, 1536)
+        == count_params(applied.spec).model
+        == tally(model, applied.spec).params.model
+    )
     assert tally(model, applied.spec).bytes == 4 * real
-    assert (model.config.num_attention_heads, model.config.intermediate_size, model.config.head_dim) == (6, 1536, 128)
+    assert (
+        model.config.num_attention_heads,
+        model.config.intermediate_size,
+        model.config.head_dim,
+    ) == (6, 1536, 128)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +86,10 @@ def test_llama2_flops_and_cache(heads: int, ffn: int, kib: int, gflops: float, p
         assert flops.model == 2 * (matrices + H * V) + 4 * L * heads * E * context
         assert flops.prunable == flops.blocks == flops.non_embedding == flops.model - 2 * H * V
     assert round(count_flops(spec, kept, context=0).model / 1e9, 2) == gflops
-    assert count_flops(spec, kept, context=1).model - count_flops(spec, kept, context=0).model == per_context
+    assert (
+        count_flops(spec, kept, context=1).model - count_flops(spec, kept, context=0).model
+        == per_context
+    )
 
 
 def test_tied_embedding_counts_once():
@@ -119,16 +132,23 @@ def test_masked_units_do_not_count():
 
 def test_soft_sizes_are_differentiable_and_agree_with_integers():
     spec = describe(tiny.meta("phi3-gqa"))
-    gates = {n: torch.tensor(float(a.size) / 2, requires_grad=True, dtype=torch.float64) for n, a in spec.axes.items()}
+    gates = {
+        n: torch.tensor(float(a.size) / 2, requires_grad=True, dtype=torch.float64)
+        for n, a in spec.axes.items()
+    }
     for budget in (Budget(keep=0.5), Budget(keep=0.5, of="flops"), Budget(keep=0.5, of="kv_cache")):
         value = price(spec, budget, gates)
         grads = torch.autograd.grad(value, list(gates.values()), allow_unused=True)
         assert any(g is not None and g > 0 for g in grads)
         assert all(g is None or g >= 0 for g in grads)
-        assert value.item() == pytest.approx(price(spec, budget, {n: g.item() for n, g in gates.items()}))
+        assert value.item() == pytest.approx(
+            price(spec, budget, {n: g.item() for n, g in gates.items()})
+        )
     halves = {n: a.size // 2 if a.kind == "mlp" else a.size for n, a in spec.axes.items()}
     soft = {n: torch.tensor(float(size), dtype=torch.float64) for n, size in halves.items()}
-    assert float(count_params(spec, soft).model) == pytest.approx(count_params(spec, halves).model, rel=1e-15)
+    assert float(count_params(spec, soft).model) == pytest.approx(
+        count_params(spec, halves).model, rel=1e-15
+    )
 
 
 def test_adapters_are_counted_apart():

@@ -11,12 +11,16 @@ from plprune.errors import PlanError
 from plprune.observe import check, observe, to_cpu, zeros
 from plprune.stats import Energy, Gram, Moments, Tap
 
-PATHS = tuple(f"model.layers.{i}.{end}" for i in range(2) for end in ("self_attn.o_proj", "mlp.down_proj"))
+PATHS = tuple(
+    f"model.layers.{i}.{end}" for i in range(2) for end in ("self_attn.o_proj", "mlp.down_proj")
+)
 TAPS = tuple(Tap(module=path, stat=stat) for path in PATHS for stat in (Energy, Moments, Gram))
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()
+    )
 
 
 def energy(paths=PATHS) -> tuple[Tap, ...]:
@@ -47,12 +51,16 @@ def test_token_mask_on_a_padded_batch():
     padded[0, 5:] = 0
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
-    with torch.no_grad(), observe(model, energy()) as seen, oracles.recorded(model, PATHS) as inputs:
+    with (
+        torch.no_grad(),
+        observe(model, energy()) as seen,
+        oracles.recorded(model, PATHS) as inputs,
+    ):
         seen.token_mask = mask.bool()
         model(input_ids=padded, attention_mask=mask)
     for tap, stat in seen.stats.items():
         oracles.assert_two_pass(stat, inputs[tap.module], [mask])
-    # Right pads change nothing for the tokens before them: the sums are those of the two sequences alone.
+    # Right pads change nothing for the tokens before them: sums of the two sequences alone.
     with torch.no_grad(), observe(model, energy()) as alone:
         model(input_ids=ids[:1, :5])
         model(input_ids=ids[1:])
@@ -70,7 +78,10 @@ def test_nan_in_pads_of_any_module():
     check(seen.stats, [tap])
     with observe(module, [tap]) as seen:
         module(x)
-    with pytest.raises(PlanError, match=r"statistics are not finite: given NaN or infinity at the input of 0; .*fix"):
+    with pytest.raises(
+        PlanError,
+        match=r"statistics are not finite: given NaN or infinity at the input of 0; .*fix",
+    ):
         check(seen.stats, [tap])
 
 
@@ -97,7 +108,9 @@ def test_a_tap_given_twice_counts_once():
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_does_not_count_twice(reentrant: bool, monkeypatch: pytest.MonkeyPatch):
+def test_gradient_checkpointing_does_not_count_twice(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+):
     model = tiny.model().train()
     model.config.use_cache = False
 
@@ -147,9 +160,13 @@ def test_observing_changes_nothing():
 
 def test_under_autocast():
     model = tiny.model(dtype=torch.float32)
-    with torch.no_grad(), observe(model, TAPS) as seen, oracles.recorded(model, PATHS) as inputs:
-        with torch.autocast("cpu", torch.bfloat16):
-            model(tiny.tokens())
+    with (
+        torch.no_grad(),
+        observe(model, TAPS) as seen,
+        oracles.recorded(model, PATHS) as inputs,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        model(tiny.tokens())
     assert {x.dtype for x in inputs[PATHS[1]]} == {torch.bfloat16}
     for tap, stat in seen.stats.items():
         oracles.assert_two_pass(stat, inputs[tap.module], rtol=1e-4)
@@ -158,7 +175,10 @@ def test_under_autocast():
 def test_no_tokens():
     model = tiny.model()
     for stats in ({}, zeros(model, energy())):
-        with pytest.raises(PlanError, match=r"no tokens observed: given 0 at model.layers.0.self_attn.o_proj; .*fix"):
+        with pytest.raises(
+            PlanError,
+            match=r"no tokens observed: given 0 at model.layers.0.self_attn.o_proj; .*fix",
+        ):
             check(stats, energy())
 
 
@@ -166,7 +186,9 @@ def test_zeros_fit_what_is_observed():
     model = tiny.model("mistral-gqa-window")
     with torch.no_grad(), observe(model, TAPS) as seen:
         model(tiny.tokens())
-    assert_same({tap: zeros(model, TAPS)[tap] + stat for tap, stat in seen.stats.items()}, seen.stats)
+    assert_same(
+        {tap: zeros(model, TAPS)[tap] + stat for tap, stat in seen.stats.items()}, seen.stats
+    )
     assert to_cpu(seen.stats).keys() == seen.stats.keys()
 
 

@@ -80,8 +80,12 @@ def wrong_phi3() -> Family:
     return dataclasses.replace(PHI3, roles=MappingProxyType({**PHI3.roles, **qkv}))
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("gpt_neox-mha", wrong_neox()), ("phi3-gqa", wrong_phi3())])
-def test_masked_equals_cut_sees_a_wrong_layout(name: str, wrong: Family, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("gpt_neox-mha", wrong_neox()), ("phi3-gqa", wrong_phi3())]
+)
+def test_masked_equals_cut_sees_a_wrong_layout(
+    name: str, wrong: Family, monkeypatch: pytest.MonkeyPatch
+):
     model = tiny.model(name)
     monkeypatch.setattr(families, "FAMILIES", (wrong,))
     plan = oracles.plan_of(describe(model), {"layers.0.kv_group": [0, 2]})
@@ -112,5 +116,7 @@ def test_random_plans_differ_and_cross():
     spec = describe(tiny.meta("llama-gqa"))
     plans = [oracles.random_plan(spec, seed) for seed in range(20)]
     assert len({plan.hash for plan in plans}) > 15
-    crossing = [{e.axis for e in p.edits} >= {"layers.0.kv_group", "layers.0.query_in_group"} for p in plans]
+    crossing = [
+        {e.axis for e in p.edits} >= {"layers.0.kv_group", "layers.0.query_in_group"} for p in plans
+    ]
     assert any(crossing)

@@ -13,7 +13,12 @@ def keep(axis: str = "a", kept: tuple[int, ...] = (0, 2)) -> Keep:
 
 
 def plan(*edits, **changes) -> Plan:
-    values = {"fingerprint": "f", "method": "m", "hyper": {"alpha": 1.0}, "calibration": "c"} | changes
+    values = {
+        "fingerprint": "f",
+        "method": "m",
+        "hyper": {"alpha": 1.0},
+        "calibration": "c",
+    } | changes
     return Plan(edits=tuple(edits), **values)
 
 
@@ -21,7 +26,9 @@ def test_equal_decisions_have_equal_hashes():
     one = plan(keep("a"), keep("b", (1,)))
     assert one.hash == plan(keep("b", (1,)), keep("a")).hash
     # Scores, the question and the widths are not decisions.
-    same = dataclasses.replace(one, scores={"a": torch.ones(3)}, asked=Budget(keep=0.5), got={"mlp": (1,)})
+    same = dataclasses.replace(
+        one, scores={"a": torch.ones(3)}, asked=Budget(keep=0.5), got={"mlp": (1,)}
+    )
     assert one.hash == same.hash
     assert len(one.hash) == 16
 
@@ -55,7 +62,10 @@ def test_every_decision_changes_the_hash():
 
 def test_hash_does_not_depend_on_layout_or_storage():
     square = torch.arange(4.0).reshape(2, 2)
-    assert plan(Write(module="a", weight=square)).hash == plan(Write(module="a", weight=square.T.contiguous().T)).hash
+    assert (
+        plan(Write(module="a", weight=square)).hash
+        == plan(Write(module="a", weight=square.T.contiguous().T)).hash
+    )
     bf16 = Write(module="a", weight=square.bfloat16())
     assert plan(bf16).hash == plan(Write(module="a", weight=square)).hash
 

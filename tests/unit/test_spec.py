@@ -93,17 +93,27 @@ def test_cut_spec_has_the_coordinates_of_the_cut_tensors():
     ("name", "kept"),
     [
         ("llama-gqa", {"layers.0.query_in_group": [0, 1, 2]}),  # 2, 1 and 0 heads of three groups
-        ("llama-mha", {"layers.0.query_in_group": [0, 1, 2]}),  # heads of one: their KV heads stay behind
+        (
+            "llama-mha",
+            {"layers.0.query_in_group": [0, 1, 2]},
+        ),  # heads of one: their KV heads stay behind
     ],
 )
 def test_ragged_groups_are_refused(name: str, kept: dict[str, list[int]]):
     spec = describe(tiny.meta(name))
-    with pytest.raises(PlanError, match=r"uneven groups.*layers\.0\.self_attn\.q_proj.*same number"):
+    with pytest.raises(
+        PlanError, match=r"uneven groups.*layers\.0\.self_attn\.q_proj.*same number"
+    ):
         lower(oracles.plan_of(spec, kept), spec)
 
 
 def test_summary_is_plain():
-    assert summary(describe(tiny.meta()))["blocks"][0] == {"heads": 6, "kv_heads": 3, "head_dim": 8, "ffn": 40}
+    assert summary(describe(tiny.meta()))["blocks"][0] == {
+        "heads": 6,
+        "kv_heads": 3,
+        "head_dim": 8,
+        "ffn": 40,
+    }
 
 
 # --- refusals ------------------------------------------------------------------------------------
@@ -117,7 +127,10 @@ def test_error_says_given_allowed_fix():
 
 
 def test_unknown_architecture():
-    with pytest.raises(FamilyError, match=r"unknown architecture: given model_type 'bert'; allowed llama, .*fix: .*"):
+    with pytest.raises(
+        FamilyError,
+        match=r"unknown architecture: given model_type 'bert'; allowed llama, .*fix: .*",
+    ):
         of(SimpleNamespace(model_type="bert"))
     with pytest.raises(FamilyError, match="given model_type None"):
         describe(nn.Linear(2, 2))
@@ -128,28 +141,44 @@ def test_unknown_architecture():
 def test_model_without_a_module():
     model = tiny.meta()
     del model.model.layers[1].mlp.up_proj
-    with pytest.raises(FamilyError, match=r"module missing for family llama: given LlamaDecoderLayer without mlp.up_proj"):
+    with pytest.raises(
+        FamilyError,
+        match=r"module missing for family llama: given LlamaDecoderLayer without mlp.up_proj",
+    ):
         describe(model)
 
 
 def test_heads_that_do_not_fit():
     model = tiny.meta()
     model.model.layers[0].self_attn.head_dim = 7
-    with pytest.raises(FamilyError, match=r"attention of block 0 does not fit family llama: given 6 query heads, 3 KV"):
+    with pytest.raises(
+        FamilyError,
+        match=r"attention of block 0 does not fit family llama: given 6 query heads, 3 KV",
+    ):
         describe(model)
 
 
 def test_unknown_kind_of_linear():
     model = tiny.model()
     model.model.layers[0].mlp.up_proj = nn.Conv1d(3, 3, 1)
-    with pytest.raises(FamilyError, match=r"cannot cut this kind of module: given Conv1d; allowed Linear, Conv1D.*fix"):
+    with pytest.raises(
+        FamilyError,
+        match=r"cannot cut this kind of module: given Conv1d; allowed Linear, Conv1D.*fix",
+    ):
         describe(model)
 
 
 def test_explicit_family():
     model = tiny.meta()
     wrong = MappingProxyType({**LLAMA.roles, "up": Projection(path="mlp.nowhere")})
-    family = Family(name="x", model_types=(), blocks="model.layers", attention="self_attn", roles=wrong, embed="e")
+    family = Family(
+        name="x",
+        model_types=(),
+        blocks="model.layers",
+        attention="self_attn",
+        roles=wrong,
+        embed="e",
+    )
     with pytest.raises(FamilyError, match="family x"):
         describe(model, family)
     assert LLAMA.gated

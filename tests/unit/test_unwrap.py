@@ -28,7 +28,9 @@ WRAPPERS = {
     "compile": lambda m: torch.compile(m, backend="eager"),
     "ddp": DistributedDataParallel,
     "peft": lora,
-    "compiled peft in ddp": lambda m: DistributedDataParallel(torch.compile(lora(m), backend="eager")),
+    "compiled peft in ddp": lambda m: DistributedDataParallel(
+        torch.compile(lora(m), backend="eager")
+    ),
     "ddp in compile": lambda m: torch.compile(DistributedDataParallel(m), backend="eager"),
 }
 
@@ -63,12 +65,20 @@ def test_search_below_a_user_module():
 
 
 def test_refused():
-    with pytest.raises(ModelError, match=r"need exactly one causal language model in User: given 0 \(none\); allowed 1; f"):
+    with pytest.raises(
+        ModelError,
+        match=r"need exactly one causal language model in User: given 0 \(none\); allowed 1; f",
+    ):
         find_model(User())
     both = User(a=tiny.meta(), b=tiny.meta())
-    with pytest.raises(ModelError, match=r"given 2 \(a, b\); allowed 1; fix: name it with `attribute`"):
+    with pytest.raises(
+        ModelError, match=r"given 2 \(a, b\); allowed 1; fix: name it with `attribute`"
+    ):
         find_model(both)
-    with pytest.raises(ModelError, match=r"no module under the given attribute: given c; .*children: loss, a, b\); fix"):
+    with pytest.raises(
+        ModelError,
+        match=r"no module under the given attribute: given c; .*children: loss, a, b\); fix",
+    ):
         find_model(both, "c")
     with pytest.raises(FamilyError, match="unknown architecture"):
         family_of(nn.Linear(1, 1))

@@ -45,17 +45,25 @@ def test_calibration_hash_names_the_tokens_not_their_packing():
         "input_ids": padded_right(three["input_ids"]),
         "attention_mask": padded_right(torch.ones_like(three["input_ids"])),
     }
-    hashes = [run(model, batches)[1] for batches in ([one, two, three], [three, merged], [merged, padded])]
+    hashes = [
+        run(model, batches)[1] for batches in ([one, two, three], [three, merged], [merged, padded])
+    ]
     assert len(set(hashes)) == 1
     assert len(hashes[0]) == 64
     other = [{"input_ids": tiny.tokens(seed=9)}]
-    assert len({run(model, batches)[1] for batches in ([one], [two], [one, one], other)} | set(hashes)) == 5
+    assert (
+        len({run(model, batches)[1] for batches in ([one], [two], [one, one], other)} | set(hashes))
+        == 5
+    )
 
 
 def test_padding_does_not_change_the_plan():
     model, ids = tiny.model(), tiny.tokens(2, 10)
     padded = {"input_ids": padded_right(ids), "attention_mask": padded_right(torch.ones_like(ids))}
-    plans = [decide(model, describe(model), TransAct(), BUDGET, run(model, [b])) for b in ({"input_ids": ids}, padded)]
+    plans = [
+        decide(model, describe(model), TransAct(), BUDGET, run(model, [b]))
+        for b in ({"input_ids": ids}, padded)
+    ]
     assert plans[0].hash == plans[1].hash
     # Negative control: the same pads without a mask are tokens.
     seen = run(model, [{"input_ids": padded["input_ids"]}])[0]
@@ -67,7 +75,9 @@ def test_first_tokens_are_skipped(skip: int):
     model, ids = tiny.model(), tiny.tokens(2, 10)
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    stats, _ = run(model, [{"input_ids": ids, "attention_mask": mask}], TransAct(skip_first_tokens=skip))
+    stats, _ = run(
+        model, [{"input_ids": ids, "attention_mask": mask}], TransAct(skip_first_tokens=skip)
+    )
     paths = [tap.module for tap in stats]
     with torch.no_grad(), oracles.recorded(model, paths) as inputs:
         model(input_ids=ids, attention_mask=mask)
@@ -104,7 +114,10 @@ def test_weights_are_rows_by_columns(monkeypatch: pytest.MonkeyPatch):
 
 def test_refused():
     model = tiny.model()
-    with pytest.raises(DataError, match=r"empty calibration set: given 0 batches; allowed at least 1; fix: set data.cal"):
+    with pytest.raises(
+        DataError,
+        match=r"empty calibration set: given 0 batches; allowed at least 1; fix: set data.cal",
+    ):
         run(model, [])
     with pytest.raises(PlanError, match="no tokens observed"):
         run(model, [{"input_ids": tiny.tokens()}], TransAct(skip_first_tokens=9))

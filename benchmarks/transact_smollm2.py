@@ -1,0 +1,122 @@
+"""TransAct at 20 % of the non-embedding parameters on SmolLM2-135M, recovered with at most 200k tokens.
+
+Four models, one protocol, judged by `referee.py` in processes without plprune:
+
+    dense            as loaded
+    one shot         the same method and budget, one cut, no training
+    recipe           configs/recipes/transact_smollm2.yaml
+    dense, trained   the same recipe and tokens without cuts
+
+The claim is recipe / (dense, trained) <= 1.35.
+
+usage: python benchmarks/transact_smollm2.py [--model DIR] [--data DIR] [--windows 40] [--seeds 0] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plprune.demo import smollm2
+from plprune.lit.carry import write_atomic
+from plprune.lit.cli import PlpruneCLI
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "configs" / "recipes" / "transact_smollm2.yaml"
+LIMIT = 1.35
+TOKENS = 200_000
+
+
+def main() -> int:
+    """Run, print, judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "wikitext2")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/transact_smollm2"))
+    parser.add_argument("--set", nargs="*", default=[], help="more keys for plprune fit")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    model = options.model or smollm2()
+    scores: dict[str, Any] = {"dense": judge(model, options)}
+    say(f"protocol: {json.dumps(scores['dense'])}")
+    scores["one shot"] = judge(fit(model, options, "one_shot", 0, ONE_SHOT), options)
+    for seed in options.seeds:
+        recipe = fit(model, options, "recipe", seed, [])
+        scores[f"recipe, seed {seed}"] = judge(recipe, options)
+        dense = fit(model, options, "dense_trained", seed, ["--prune.method=null"])
+        scores[f"dense trained, seed {seed}"] = judge(dense, options)
+    return conclude(scores, options.seeds, options.out)
+
+
+ONE_SHOT = [
+    '--prune.schedule={"class_path": "plprune.schedule.OneShot"}',
+    "--lora=null",
+    "--trainer.max_steps=1",
+    # One step at a learning rate of nothing: the weights are those of the cut.
+    "--model.learning_rate.peak=1e-30",
+]
+
+
+def fit(model: Path, options: argparse.Namespace, name: str, seed: int, extra: Sequence[str]) -> Path:
+    """Run `plprune fit` with the recipe and return the exported folder."""
+    out = options.out / f"{name}_{seed}"
+    PlpruneCLI(
+        [
+            "fit",
+            f"--config={RECIPE}",
+            f"--seed_everything={seed}",
+            f"--model.pretrained={model}",
+            f"--data.tokenizer={model}",
+            f"--data.train={options.data / 'train_head.txt'}",
+            f"--data.val={options.data / 'test.txt'}",
+            f"--data.seed={seed}",
+            f"--report.directory={out / 'report'}",
+            f"--export.directory={out / 'model'}",
+            *extra,
+            *options.set,
+        ]
+    )
+    return out / "model"
+
+
+def judge(model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity and size by the referee."""
+    program = [sys.executable, str(Path(__file__).with_name("referee.py")), str(model), str(options.data / "test.txt")]
+    done = subprocess.run([*program, "--windows", str(options.windows)], capture_output=True, text=True, check=True)
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def conclude(scores: dict[str, Any], seeds: Sequence[int], out: Path) -> int:
+    """Print the table and the verdict."""
+    base = scores["dense"]["perplexity"]
+    for name, score in scores.items():
+        say(f"{name:24} {score['perplexity']:8.2f}  x dense {score['perplexity'] / base:.3f}  {score['class']}")
+    ratios = [
+        scores[f"recipe, seed {seed}"]["perplexity"] / scores[f"dense trained, seed {seed}"]["perplexity"]
+        for seed in seeds
+    ]
+    spread = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
+    mean = statistics.mean(ratios)
+    say(f"recipe / dense trained: {mean:.3f} (spread {spread:.3f}, {len(ratios)} seeds), claim <= {LIMIT}")
+    write_atomic(out / "result.json", json.dumps({"scores": scores, "ratios": ratios}, indent=1))
+    return 0 if mean <= LIMIT else 1
+
+
+def say(line: str) -> None:
+    """One line of output."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
