@@ -1,8 +1,9 @@
-"""What statistics and a cut cost, in units of a training step, measured side by side on SmolLM2-135M.
+"""What statistics and a cut cost, in training steps, measured side by side on SmolLM2-135M.
 
-Three kinds of training steps alternate in one process: `plain` (no hooks), `off` (an observation is there but paused)
-and `on` (it records). Then one whole cut (calibration set, plan, surgery on weights and moments) is timed between
-steps. Claims: on <= 1.05 x plain, off within the noise of plain, a cut <= 10 steps.
+Three kinds of training steps alternate in one process: `plain` (no hooks), `off` (an observation is
+there but paused) and `on` (it records). Then one whole cut (calibration set, plan, surgery on
+weights and moments) is timed between steps. Claims: on <= 1.05 x plain, off within the noise of
+plain, a cut <= 10 steps.
 
 usage: python benchmarks/overhead.py [--model DIR] [--rounds 9] [--batch 4] [--seq-len 512]
 """
@@ -35,8 +36,12 @@ KINDS = ("plain", "off", "on")
 
 def main() -> int:
     """Measure, print, judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -59,11 +64,16 @@ def main() -> int:
     times = {kind: values[1:] for kind, values in rounds.items()}
     on, off = (median_ratio(times[kind], times["plain"]) for kind in ("on", "off"))
     noise = statistics.stdev(times["plain"]) / statistics.mean(times["plain"])
-    batches = [{"input_ids": torch.randint(1000, (4, 512), generator=generator)} for _ in range(options.calibration // 4)]
+    batches = [
+        {"input_ids": torch.randint(1000, (4, 512), generator=generator)}
+        for _ in range(options.calibration // 4)
+    ]
     cut = timed_cut(progressive, method, optimizer, batches) / statistics.median(times["plain"])
     results = {
-        "protocol": {**{k: v for k, v in vars(options).items() if k != "model"}, "dtype": "float32", "seed": 0,
-                     "threads": torch.get_num_threads()},
+        "protocol": {
+            **{k: v for k, v in vars(options).items() if k != "model"},
+            **{"dtype": "float32", "seed": 0, "threads": torch.get_num_threads()},
+        },
         "step with statistics / plain": on,
         "step with paused statistics / plain": off,
         "noise of a plain step (stdev / mean)": noise,
@@ -89,7 +99,10 @@ def median_ratio(values: list[float], base: list[float]) -> float:
 
 
 def timed_cut(
-    progressive: Progressive, method: TransAct, optimizer: torch.optim.Optimizer, batches: list[dict[str, Tensor]]
+    progressive: Progressive,
+    method: TransAct,
+    optimizer: torch.optim.Optimizer,
+    batches: list[dict[str, Tensor]],
 ) -> float:
     """Seconds of a whole cut: statistics, plan, masks, surgery, moments."""
     begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Perplexity of a saved model with transformers alone: nothing of plprune is imported, so it can judge plprune.
+"""Perplexity of a saved model with transformers alone: nothing of plprune is imported.
 
-Rows of a WikiText file joined by a blank line, no special tokens, the first N windows of T tokens, mean negative
-log-likelihood of the T - 1 predictions of each window, float32.
+Rows of a WikiText file joined by a blank line, no special tokens, the first N windows of T tokens,
+mean negative log-likelihood of the T - 1 predictions of each window, float32.
 
 usage: python referee.py DIR TEXT [--windows 40] [--seq-len 1024]
 """
@@ -17,12 +17,12 @@ from pathlib import Path
 
 sys.modules["plprune"] = None  # type: ignore[assignment]
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 def joined_rows(text: str) -> str:
-    """WikiText as the papers feed it: blank lines are empty rows, rows are joined by a blank line."""
+    """WikiText as the papers feed it: blank lines are empty rows, a blank line joins rows."""
     rows = ["" if not line.strip() else line + "\n" for line in text.split("\n")[:-1]]
     return "\n\n".join(rows)
 

@@ -1,8 +1,9 @@
 """Prefill speed-up of a uniformly pruned 50 % model against the one its FLOPs promise.
 
-SmolLM2-135M loses half of its non-embedding parameters in one uniform cut (random weights would do: speed does not
-depend on values, so no text is needed). Dense and pruned are measured interleaved in one process; the claim is that
-the measured prefill speed-up reaches 0.85 of dense FLOPs / pruned FLOPs, batch 1 and 8.
+SmolLM2-135M loses half of its non-embedding parameters in one uniform cut (random weights would do:
+speed does not depend on values, so no text is needed). Dense and pruned are measured interleaved in
+one process; the claim is that the measured prefill speed-up reaches 0.85 of dense FLOPs / pruned
+FLOPs, batch 1 and 8.
 
 usage: python benchmarks/speed.py [--model DIR] [--prompt-len 512] [--rounds 7] [--dtype float32]
 """
@@ -33,8 +34,12 @@ CLAIM = 0.85
 
 def main() -> int:
     """Measure, print, judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel"
+    )
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -1,4 +1,4 @@
-"""TransAct at 20 % of the non-embedding parameters on SmolLM2-135M, recovered with at most 200k tokens.
+"""TransAct at 20 % of the non-embedding parameters on SmolLM2-135M, at most 200k tokens.
 
 Four models, one protocol, judged by `referee.py` in processes without plprune:
 
@@ -9,7 +9,8 @@ Four models, one protocol, judged by `referee.py` in processes without plprune:
 
 The claim is recipe / (dense, trained) <= 1.35.
 
-usage: python benchmarks/transact_smollm2.py [--model DIR] [--data DIR] [--windows 40] [--seeds 0] [--out DIR]
+usage: python benchmarks/transact_smollm2.py [--model DIR] [--data DIR] [--windows 40] [--seeds 0]
+    [--out DIR]
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ TOKENS = 200_000
 
 def main() -> int:
     """Run, print, judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel"
+    )
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "wikitext2")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -66,7 +71,9 @@ ONE_SHOT = [
 ]
 
 
-def fit(model: Path, options: argparse.Namespace, name: str, seed: int, extra: Sequence[str]) -> Path:
+def fit(
+    model: Path, options: argparse.Namespace, name: str, seed: int, extra: Sequence[str]
+) -> Path:
     """Run `plprune fit` with the recipe and return the exported folder."""
     out = options.out / f"{name}_{seed}"
     PlpruneCLI(
@@ -90,8 +97,15 @@ def fit(model: Path, options: argparse.Namespace, name: str, seed: int, extra: S
 
 def judge(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Perplexity and size by the referee."""
-    program = [sys.executable, str(Path(__file__).with_name("referee.py")), str(model), str(options.data / "test.txt")]
-    done = subprocess.run([*program, "--windows", str(options.windows)], capture_output=True, text=True, check=True)
+    program = [
+        sys.executable,
+        str(Path(__file__).with_name("referee.py")),
+        str(model),
+        str(options.data / "test.txt"),
+    ]
+    done = subprocess.run(
+        [*program, "--windows", str(options.windows)], capture_output=True, text=True, check=True
+    )
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
@@ -100,14 +114,21 @@ def conclude(scores: dict[str, Any], seeds: Sequence[int], out: Path) -> int:
     """Print the table and the verdict."""
     base = scores["dense"]["perplexity"]
     for name, score in scores.items():
-        say(f"{name:24} {score['perplexity']:8.2f}  x dense {score['perplexity'] / base:.3f}  {score['class']}")
+        say(
+            f"{name:24} {score['perplexity']:8.2f}  x dense {score['perplexity'] / base:.3f}  "
+            f"{score['class']}"
+        )
     ratios = [
-        scores[f"recipe, seed {seed}"]["perplexity"] / scores[f"dense trained, seed {seed}"]["perplexity"]
+        scores[f"recipe, seed {seed}"]["perplexity"]
+        / scores[f"dense trained, seed {seed}"]["perplexity"]
         for seed in seeds
     ]
     spread = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
     mean = statistics.mean(ratios)
-    say(f"recipe / dense trained: {mean:.3f} (spread {spread:.3f}, {len(ratios)} seeds), claim <= {LIMIT}")
+    say(
+        f"recipe / dense trained: {mean:.3f} (spread {spread:.3f}, {len(ratios)} seeds), "
+        f"claim <= {LIMIT}"
+    )
     write_atomic(out / "result.json", json.dumps({"scores": scores, "ratios": ratios}, indent=1))
     return 0 if mean <= LIMIT else 1
 

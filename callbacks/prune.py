@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from plprune import schedule as schedules
+from plprune import cuts as planned
 from plprune.budget import Budget
 from plprune.callbacks.statistics import Statistics
 from plprune.count import count_params
+from plprune.cuts import Cut
 from plprune.drivers.progressive import Progressive, probe_loss
 from plprune.errors import ConfigError
 from plprune.lit import calibration, carry, guard
@@ -20,7 +21,7 @@ from plprune.lit.recut import adapter_for, recut
 from plprune.lit.watch import Watch
 from plprune.methods.base import Method
 from plprune.observe import StatMap
-from plprune.schedule import Cut, Length, OneShot, Phase, Schedule
+from plprune.schedule import Length, OneShot, Phase, Schedule
 from plprune.unwrap import find_model
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Prune(Callback):
         if self.method is None:
             return
         guard.require_same(pl_module, self._describe(pl_module).model, self.attribute)
-        for row in schedules.table(self.plan_cuts(trainer, pl_module)):
+        for row in planned.table(self.plan_cuts(trainer, pl_module)):
             log.info("%-4s %-8s %s", *row)
 
     def _start_over(self, pl_module: LightningModule) -> None:
@@ -138,7 +139,7 @@ class Prune(Callback):
         if not self.cuts:
             assert self.method is not None and self.budget is not None, "checked in __init__"
             dense = self._describe(pl_module).dense
-            self.cuts = schedules.cuts(
+            self.cuts = planned.cuts(
                 dense, self.method, self.budget, self.schedule, self.length(trainer)
             )
         return self.cuts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -79,6 +79,8 @@ class Statistics:
         """
         if self.source == "training":
             return ()
+        if isinstance(self.batches, Iterator):
+            self.batches = list(self.batches)  # it would be empty at the second cut
         batches = calibration.batches_of(trainer, self.batches, cut, fixed=self.source == "fixed")
         self.probe = {key: value[:1] for key, value in batches[0].items()}
         return batches

@@ -85,8 +85,9 @@ def fixed_widths(spec: Spec, budget: Budget) -> Widths:
 def uniform(spec: Spec, budget: Budget, kinds: tuple[str, ...]) -> Widths:
     """Equal widths in every block that meet a budget.
 
-    Attention and MLP lose the same share (TransAct's neutral split); attention widths are rounded up to whole units,
-    then the MLP takes the largest width on its multiple that stays within the budget.
+    Attention and MLP lose the same share (TransAct's neutral split); attention widths are rounded
+    up to whole units, then the MLP takes the largest width on its multiple that stays within the
+    budget.
 
     Args:
         spec: a model whose blocks are all alike.
@@ -201,5 +202,5 @@ def _impossible(spec: Spec, budget: Budget, widths: Widths, kind: str) -> Budget
         "no widths meet the budget",
         given=f"keep {budget.keep} of {budget.of} ({budget.base})",
         allowed=f"at least {floor:.4f} with the fewest units budget.multiple_of allows",
-        fix="raise budget.keep, lower budget.multiple_of, choose another base, or remove whole blocks",
+        fix="raise budget.keep, lower budget.multiple_of, choose another base, or remove blocks",
     )

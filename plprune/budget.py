@@ -25,9 +25,11 @@ class Budget:
     of: Quantity = "params"
     """What the share counts: parameters, forward FLOPs per token, or KV-cache bytes."""
     base: Base = "non_embedding"
-    """Of which part: prunable linears, decoder blocks, all but embedding and head, or the whole model."""
+    """Of which part: prunable linears, decoder blocks, all but embedding and head, or the whole
+    model."""
     widths: Mapping[str, int | list[int]] = field(default_factory=dict)
-    """Units to keep by axis kind (kv_group, query_in_group per group, mlp), one number or one per block."""
+    """Units to keep by axis kind (kv_group, query_in_group per group, mlp), one number or one per
+    block."""
     multiple_of: Mapping[str, int] = field(default_factory=lambda: {"mlp": 64})
     """Widths that are solved for are multiples of this, by axis kind."""
     context: int = 2048

@@ -1,6 +1,7 @@
 """Parameters, FLOPs and KV-cache bytes: arithmetic on widths, and the same counted from tensors.
 
-`priced` works on plain numbers and on tensors alike, so a soft gate can be priced like an integer plan.
+`priced` works on plain numbers and on tensors alike, so a soft gate can be priced like an integer
+plan.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read a model's shapes into a `Spec`; nothing is computed, so a model on the meta device will do."""
+"""Read a model's shapes into a `Spec`; nothing is computed, a model on the meta device will do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def describe(model: nn.Module, family: Family | None = None) -> Spec:
     """Describe a causal language model as axes.
 
     Args:
-        model: a Hugging Face causal language model on any device (meta included), plain, peft-wrapped or compiled.
+        model: a Hugging Face causal language model on any device (meta included), plain,
+            peft-wrapped or compiled.
         family: its family; by default found from `model.config.model_type`.
 
     Returns:
@@ -94,7 +95,8 @@ class _BlockReader:
         if left or kv_heads < 1 or heads % kv_heads:
             raise FamilyError(
                 f"attention of block {self.number} does not fit family {self.family.name}",
-                given=f"{heads} query heads, {kv_heads} KV heads, head width {width}, o has {left} columns left over",
+                given=f"{heads} query heads, {kv_heads} KV heads, head width {width}, "
+                f"o has {left} columns left over",
                 allowed="query heads a multiple of KV heads, all of one width",
                 fix="correct the family's roles, see docs/add_a_family.md",
             )
@@ -174,7 +176,7 @@ def _module(root: nn.Module, path: str, family: Family) -> nn.Module:
 def _fixed_parameters(
     model: nn.Module, family: Family, linears: dict[str, Linear]
 ) -> tuple[int, int, int]:
-    """(norms and the like inside blocks, embedding and head, everything else), tied tensors once."""
+    """(norms and the like inside blocks, embedding and head, all else), tied tensors once."""
     inside = embedding = outside = 0
     # named_parameters yields a tied tensor once, under its first name.
     for name, parameter in model.named_parameters():

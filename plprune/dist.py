@@ -26,7 +26,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def _reachable(device: torch.device) -> torch.device:
-    """Where a collective can meet a tensor: NCCL alone, as Lightning sets it up, moves no CPU tensors."""
+    """Where a collective can meet a tensor: NCCL moves no CPU tensors."""
     only_cuda = dist.get_backend() == "nccl" and device.type == "cpu"
     return torch.device("cuda", torch.cuda.current_device()) if only_cuda else device
 

@@ -15,7 +15,9 @@ class PlpruneError(ValueError):
 
     def __init__(self, what: str, *, given: str = "", allowed: str = "", fix: str = "") -> None:
         self.what, self.given, self.allowed, self.fix = what, given, allowed, fix
-        details = [f"{name} {text}" for name, text in (("given", given), ("allowed", allowed)) if text]
+        details = [
+            f"{name} {text}" for name, text in (("given", given), ("allowed", allowed)) if text
+        ]
         if fix:
             details.append(f"fix: {fix}")
         super().__init__(what + (": " + "; ".join(details) if details else ""))

@@ -75,9 +75,9 @@ def save_hf(
         model: the pruned model, LoRA merged; wrappers are taken off.
         directory: target folder; parents are created.
         spec: spec of the model as it is.
-        structure: from `plprune.surgery.rebuild.structure_of(spec, dense)`.
-        mode: `plain` for a class transformers has, `per_layer` for the modeling file that travels
-            with the model, `auto` for `plain` where that is possible.
+        structure: from `structure_of(spec, dense)`.
+        mode: `plain` (a class of transformers), `per_layer` (a modeling file goes with it), or
+            `auto`: plain where that is possible.
         card: what the model card should say.
         overwrite: replace a folder written by plprune.
         **extras: see `Extras`.
@@ -86,8 +86,7 @@ def save_hf(
         The folder.
 
     Raises:
-        ExportError: if the model cannot be exported as it is, the target cannot be written, or
-            `plain` is impossible; nothing is left under the target's name then.
+        ExportError: says what stands in the way; the target is as it was before.
     """
     chosen = _Chosen(**extras)
     target_dir = Path(directory).expanduser().absolute()
@@ -96,26 +95,14 @@ def save_hf(
     _check_reports(chosen.report_files)
     with _staging(target_dir, overwrite=overwrite) as work:
         tensors = tensors_of(plain, dtype=chosen.dtype)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        target = target_for(plain, spec, shapes, mode=mode, tied=is_tied(plain))
+        target = target_for(plain, spec, tensors, mode=mode, tied=is_tied(plain))
         _check_space(work, tensors, chosen.dtype)
-        info = card or CardInfo()
-        info = replace(info, name=info.name or target_dir.name)
+        info = replace(card or CardInfo(), name=(card and card.name) or target_dir.name)
         _write_settings(work, plain, target, dtype_of(tensors, chosen.dtype), chosen)
-        text = card_text(
-            info, spec=spec, structure=structure, family=family_of(plain), target=target
-        )
-        (work / "README.md").write_text(text, "utf-8")
-        write_json(work / STRUCTURE_FILE, _sidecar(plain, structure, target, info))
+        _write_words(work, plain, structure, target, info)
         _copy_reports(work, chosen.report_files)
-        # Last, because it is what takes time: everything else has failed by now if it fails at all.
-        write_shards(
-            work,
-            tensors,
-            zeros=target.zeros,
-            dtype=chosen.dtype,
-            max_shard_bytes=chosen.max_shard_bytes,
-        )
+        # Last, because it takes longest: whatever can fail quickly has failed by now.
+        write_shards(work, tensors, target.zeros, chosen.dtype, chosen.max_shard_bytes)
     return target_dir
 
 
@@ -162,6 +149,14 @@ def _write_settings(
         generation.to_json_file(str(work / "generation_config.json"))
     if chosen.tokenizer is not None:
         chosen.tokenizer.save_pretrained(str(work))
+
+
+def _write_words(
+    work: Path, model: nn.Module, structure: Mapping[str, Any], target: Target, info: CardInfo
+) -> None:
+    text = card_text(info, structure=structure, family=family_of(model), target=target)
+    (work / "README.md").write_text(text, "utf-8")
+    write_json(work / STRUCTURE_FILE, _sidecar(model, structure, target, info))
 
 
 def _sidecar(

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from plprune.export_config import Target
 from plprune.families.base import Family
-from plprune.spec import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +60,15 @@ class CardInfo:
 
 
 def card_text(
-    info: CardInfo, *, spec: Spec, structure: Mapping[str, Any], family: Family, target: Any
+    info: CardInfo, *, structure: Mapping[str, Any], family: Family, target: Target
 ) -> str:
     """Write the model card.
 
     Args:
         info: what is known.
-        spec: the exported model.
         structure: from `structure_of`.
         family: its family.
-        target: `export_config.Target`.
+        target: what it is saved as.
 
     Returns:
         Markdown with YAML front matter.

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plprune.errors import ExportError
 from plprune.families.base import Family
@@ -66,18 +66,20 @@ class _Fit:
     """Tensors the class has no place for."""
 
 
-def target_for(model: nn.Module, spec: Spec, shapes: Shapes, *, mode: Mode, tied: bool) -> Target:
+def target_for(
+    model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor], *, mode: Mode, tied: bool
+) -> Target:
     """Choose the class and write its config.
 
     Args:
         model: plain Hugging Face model, pruned.
         spec: its spec.
-        shapes: tensors that will be written, a tied output head left out.
+        tensors: what will be written, a tied output head left out.
         mode: `auto` takes a stock class where one fits.
         tied: whether the output head shares the embedding's tensor.
 
     Returns:
-        The target; its class accepts exactly `shapes` and `zeros`.
+        The target; its class accepts exactly `tensors` and `zeros`.
 
     Raises:
         ExportError: for an unknown mode, `plain` where no stock class fits, or a model with parts
@@ -87,6 +89,7 @@ def target_for(model: nn.Module, spec: Spec, shapes: Shapes, *, mode: Mode, tied
         raise ExportError(
             "unknown export mode", given=repr(mode), allowed=", ".join(get_args(Mode))
         )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     draft = _Draft(model, spec, shapes, tied)
     if mode == "per_layer":
         return draft.per_layer()
@@ -154,12 +157,9 @@ class _Draft:
                 allowed="the architectures of plprune/templates",
                 fix="add its three classes to modeling_plprune.py.txt, see docs/add_a_family.md",
             )
-        config = self.base | self._varying() | _auto_map(name)
-        config |= {
-            "architectures": [name],
-            "model_type": f"plprune_{self.base_type}",
-            "plprune_base_model_type": self.base_type,
-        }
+        names = {"architectures": [name], "model_type": f"plprune_{self.base_type}"}
+        names["plprune_base_model_type"] = self.base_type
+        config = self.base | self._varying() | _auto_map(name) | names
         fit = self._fit(cls, config)
         extra_bias = self._extra_bias(fit.extra)
         if extra_bias:

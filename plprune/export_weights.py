@@ -129,7 +129,6 @@ def bytes_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
 def write_shards(
     directory: Path,
     tensors: Mapping[str, Tensor],
-    *,
     zeros: Shapes,
     dtype: torch.dtype | None,
     max_shard_bytes: float,

@@ -177,7 +177,7 @@ def _local(path_or_id: str | Path) -> Path | None:
         return None
     raise ModelError(
         "no such model folder",
-        given=str(path_or_id) + (" (a file)" if folder.is_file() else ""),
+        given=(str(path_or_id) or "nothing") + (" (a file)" if folder.is_file() else ""),
         allowed="an existing folder with config.json and safetensors, or a hub id such as org/name",
         fix="check the path",
     )

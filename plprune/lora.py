@@ -1,7 +1,7 @@
 """LoRA on a model that is cut: inject, merge, save and load adapters that know their structure.
 
-peft's tuner changes the linears in place, so the Hugging Face model keeps its class and its place in the user's
-module; surgery cuts factors together with their linears.
+peft's tuner changes the linears in place, so the Hugging Face model keeps its class and its place
+in the user's module; surgery cuts factors together with their linears.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def inject(model: nn.Module, config: Mapping[str, Any]) -> Injected:
 
     Args:
         model: plain Hugging Face model.
-        config: arguments of `peft.LoraConfig`; `target_modules` defaults to all linears of the blocks.
+        config: arguments of `peft.LoraConfig`; `target_modules` defaults to all linears of the
+            blocks.
 
     Returns:
         The adapters.
@@ -192,7 +193,8 @@ def load_adapter(model: nn.Module, directory: Path, spec: Spec) -> Injected:
         The adapters, trainable.
 
     Raises:
-        StructureError: if the adapter was trained on another structure, is damaged, or does not say which.
+        StructureError: if the adapter was trained on another structure, is damaged, or does not say
+            which.
     """
     from safetensors.torch import load_file
 
@@ -211,8 +213,10 @@ def load_adapter(model: nn.Module, directory: Path, spec: Spec) -> Injected:
             allowed=f"{found}, the model in memory",
             fix="load the pruned model this adapter was trained on",
         )
-    keep = ("r", "lora_alpha", "lora_dropout", "bias", "use_dora", "use_rslora", "target_modules", "rank_pattern",
-            "alpha_pattern", "modules_to_save", "fan_in_fan_out")  # fmt: skip
+    keep = (
+        *("r", "lora_alpha", "lora_dropout", "bias", "use_dora", "use_rslora", "target_modules"),
+        *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
+    )
     injected = inject(model, {key: config[key] for key in keep if config.get(key) is not None})
     own = {
         name: value

@@ -1,7 +1,8 @@
 """Logical pruning: multiply the inputs of the consuming linears by 0/1 instead of cutting them.
 
-Exact for forward, gradients and element-wise optimizers (SGD, Adam family): the removed units contribute nothing and
-their weights get zero gradients. Not for optimizers that mix entries, such as Muon.
+Exact for forward, gradients and element-wise optimizers (SGD, Adam family): the removed units
+contribute nothing and their weights get zero gradients. Not for optimizers that mix entries, such
+as Muon.
 """
 
 from __future__ import annotations

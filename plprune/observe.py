@@ -35,7 +35,8 @@ class Observation:
             tap: where it was taken.
             x: [B, T, C] activation (OPT-like models may hand over [B * T, C]).
         """
-        # Gradient checkpointing runs the forward again inside backward: those tokens were counted already.
+        # Gradient checkpointing runs the forward again inside backward: those tokens were counted
+        # already.
         if not self.active or torch._C._current_graph_task_id() != -1:
             return
         stat = self.stats.get(tap)
@@ -54,7 +55,8 @@ def observe(model: nn.Module, taps: Iterable[Tap]) -> Iterator[Observation]:
         taps: where to take which statistic.
 
     Yields:
-        The observation; read `stats` after the passes, set `token_mask` before each padded batch, and
+        The observation; read `stats` after the passes, set `token_mask` before each padded batch,
+        and
         `active = False` to pause.
 
     Raises:
@@ -111,7 +113,7 @@ def check(stats: StatMap, taps: Iterable[Tap]) -> None:
                 "statistics are not finite",
                 given=f"NaN or infinity at the input of {tap.module}",
                 allowed="finite activations",
-                fix="check the weights for NaN, or observe in float32 or bfloat16 instead of float16",
+                fix="check the weights for NaN, or observe in float32 or bfloat16",
             )
 
 

@@ -1,7 +1,8 @@
-"""The main job in one command: fetch a real model, prune and recover it, export, load it back, show what happened.
+"""The main job in one command: a real model, pruned, recovered, exported and loaded back.
 
-`make quickstart` runs this; every step is also a line of the README. Without network but for a Python package index:
-the model comes out of a wheel, the text out of the standard library, unless better ones are at hand.
+`make quickstart` runs this; every step is also a line of the README. Without network but for a
+Python package index: the model comes out of a wheel, the text out of the standard library, unless
+better ones are at hand.
 """
 
 from __future__ import annotations
@@ -45,15 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m plprune.quickstart", description=__doc__)
-    parser.add_argument("--model", help="folder or hub id; default SmolLM2-135M-Instruct from a wheel")
-    parser.add_argument("--train", help="text to train on; default data beside the checkout, else the standard library")
+    parser.add_argument(
+        "--model", help="folder or hub id; default SmolLM2-135M-Instruct from a wheel"
+    )
+    parser.add_argument(
+        "--train",
+        help="text to train on; default data beside the checkout, else the standard library",
+    )
     parser.add_argument("--val", help="text to measure on")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for report and model")
-    parser.add_argument("--set", nargs="*", default=[], help="more keys for plprune fit, e.g. --trainer.max_steps=10")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder for report and model"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        help="more keys for plprune fit, e.g. --trainer.max_steps=10",
+    )
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        run(options.out, inputs(options.model, options.train, options.val, options.out), options.set)
+        run(
+            options.out, inputs(options.model, options.train, options.val, options.out), options.set
+        )
     except PlpruneError as error:
         sys.stderr.write(f"quickstart: {error}\n")
         return 2
@@ -61,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inputs(model: str | None, train: str | None, val: str | None, out: Path) -> Inputs:
-    """Choose model and text: what is given, else what lies beside the checkout, else what everybody has.
+    """Choose model and text: given, else beside the checkout, else what everybody has.
 
     Args:
         model: folder or hub id, or None.
@@ -75,7 +90,11 @@ def inputs(model: str | None, train: str | None, val: str | None, out: Path) -> 
     from plprune.demo import smollm2
 
     if (train is None) != (val is None):
-        raise PlpruneError("need both texts or neither", given="one of --train, --val", fix="give the other one too")
+        raise PlpruneError(
+            "need both texts or neither",
+            given="one of --train, --val",
+            fix="give the other one too",
+        )
     if train is None or val is None:
         wiki = SHARED / "wikitext2"
         here = (wiki / "train_head.txt", wiki / "test.txt")
@@ -114,7 +133,8 @@ def run(out: Path, given: Inputs, extra: Sequence[str]) -> None:
         extra: more command-line keys for the fit.
 
     Raises:
-        ModelError: if the exported model does not load by transformers alone or computes something else.
+        ModelError: if the exported model does not load by transformers alone or computes something
+            else.
     """
     from plprune.lit.cli import PlpruneCLI
 
@@ -165,7 +185,9 @@ def load_elsewhere(folder: Path) -> dict[str, Any]:
         [sys.executable, "-c", LOAD_ALONE, str(folder)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise ModelError("the export does not load with transformers alone", given=done.stderr.strip()[-500:])
+        raise ModelError(
+            "the export does not load with transformers alone", given=done.stderr.strip()[-500:]
+        )
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 

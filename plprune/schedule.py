@@ -1,19 +1,16 @@
-"""When to cut and how far: schedules are functions of the step that print as a table before training."""
+"""When to cut: schedules are functions of the step."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Literal, get_args
 
-from plprune.allocate import units_per_group
-from plprune.budget import Budget
-from plprune.errors import BudgetError, ConfigError
-from plprune.methods.base import Method
-from plprune.spec import Spec
+from plprune.errors import ConfigError
 
 Unit = Literal["step", "fraction", "epoch"]
 
@@ -48,16 +45,6 @@ class Phase:
     """Optimizer steps, at least 1."""
     peak: float
     """Peak learning rate relative to the base learning rate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """One planned cut."""
-
-    step: int
-    """Optimizer steps done when it happens."""
-    budget: Budget
-    """What is left after it."""
 
 
 class Schedule(ABC):
@@ -204,9 +191,7 @@ class Explicit(Schedule):
             ConfigError: if they are empty, of different length, not ascending, or do not end at 1.
         """
         way = self.shares()
-        rising = all(a < b for a, b in zip(way, way[1:], strict=False)) and all(
-            a < b for a, b in zip(self.at, self.at[1:], strict=False)
-        )
+        rising = all(a < b for a, b in pairwise(way)) and all(a < b for a, b in pairwise(self.at))
         if not self.at or len(way) != len(self.at) or not rising or way[0] <= 0 or way[-1] != 1:
             raise ConfigError(
                 "impossible explicit schedule",
@@ -231,10 +216,10 @@ class Explicit(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class TransActRamp(Schedule):
-    """TransAct's outer loop: K cuts, each followed by more tokens and a higher learning rate than the one before.
+    """TransAct's outer loop: K cuts, each followed by more tokens and a higher learning rate.
 
-    Step i of K trains `B/(2K) + (B/K) (i-1)/(K-1)` tokens at a peak learning rate of `2i/K` times the base; the
-    recovery after the last step is a phase of its own at the base learning rate.
+    Step i of K trains `B/(2K) + (B/K) (i-1)/(K-1)` tokens at a peak learning rate of `2i/K` times
+    the base; the recovery after the last step is a phase of its own at the base learning rate.
     """
 
     cuts: int = 8
@@ -286,112 +271,10 @@ class TransActRamp(Schedule):
         return tuple(phase for phase in phases if phase.steps > 0)
 
 
-def step_widths(dense: int, target: int, progress: Sequence[Fraction], unit: int = 1) -> list[int]:
-    """Widths after each cut on the way from dense to target (TransAct's rule when progress is i/K).
-
-    Each cut removes `floor` of its share of what is left to remove, then rounds up to whole units and goes on from
-    the rounded width.
-
-    Args:
-        dense: units before the first cut.
-        target: units after the last.
-        progress: share of the way after each cut.
-        unit: entries of one unit (a head's width); the rule counts entries.
-
-    Returns:
-        Units after each cut.
-    """
-    widths, current, before = [], dense, Fraction(0)
-    for share in progress:
-        part = (share - before) / (1 - before)
-        planned = current * unit - math.floor((current - target) * unit * part)
-        current, before = math.ceil(Fraction(planned, unit)), share
-        widths.append(current)
-    return widths
-
-
-def cuts(
-    spec: Spec, method: Method, budget: Budget, schedule: Schedule, length: Length
-) -> tuple[Cut, ...]:
-    """The cuts of a run.
-
-    Args:
-        spec: the dense model.
-        method: says whether widths follow from the budget alone.
-        budget: the target.
-        schedule: when.
-        length: of the run.
-
-    Returns:
-        Cuts in order, the last one meeting `budget`.
-
-    Raises:
-        ConfigError: if two cuts fall on one step.
-        BudgetError: if the budget cannot be met or a cut would change nothing.
-    """
-    points = schedule.points(length)
-    for a, b in zip(points, points[1:], strict=False):
-        if b.step <= a.step:
-            raise ConfigError(
-                "two cuts fall on one optimizer step",
-                given=f"{len(points)} cuts in a run of {length.steps} steps",
-                fix="train longer, spread the cuts, or use fewer",
-            )
-    target = method.widths(spec, budget)
-    if target is None:
-        return tuple(Cut(step=p.step, budget=_partial(budget, p.progress)) for p in points)
-    planned = _widths(spec, target, [point.progress for point in points])
-    _require_change(planned, {kind: units_per_group(spec, kind) for kind in target})
-    return tuple(
-        Cut(step=point.step, budget=replace(budget, keep=None, widths=widths))
-        for point, widths in zip(points, planned, strict=True)
-    )
-
-
-def _partial(budget: Budget, progress: Fraction) -> Budget:
-    assert budget.keep is not None, "a method without fixed widths needs budget.keep"
-    return replace(budget, keep=1 - float(progress) * (1 - budget.keep))
-
-
-def _widths(
-    spec: Spec, target: Mapping[str, list[int]], progress: Sequence[Fraction]
-) -> list[dict[str, int | list[int]]]:
-    planned: list[dict[str, int | list[int]]] = [{} for _ in progress]
-    for kind, per_block in target.items():
-        dense = units_per_group(spec, kind)
-        entries = [
-            1 if kind == "mlp" else next(p for p in a.slices if p.side == "in").index.shape[1]
-            for a in spec.of_kind(kind)
-        ]
-        paths = [
-            step_widths(have, want, progress, unit)
-            for have, want, unit in zip(dense, per_block, entries, strict=True)
-        ]
-        for number, widths in enumerate(zip(*paths, strict=True)):
-            planned[number][kind] = list(widths)
-    return planned
-
-
-def _require_change(planned: Sequence[Mapping[str, object]], dense: Mapping[str, object]) -> None:
-    if len(planned) == 1:
-        return  # a single cut that keeps everything is a legal no-op (keep: 1.0)
-    for number, (before, after) in enumerate(zip([dense, *planned[:-1]], planned, strict=True)):
-        if all(before[kind] == after[kind] for kind in after):
-            raise BudgetError(
-                f"cut {number + 1} of {len(planned)} would change nothing",
-                given=str({kind: _first(after[kind]) for kind in after}),
-                fix="use fewer cuts or a smaller budget",
-            )
-
-
-def _first(value: object) -> object:
-    return value[0] if isinstance(value, list) else value
-
-
 def learning_rate(
     step: int, phases: Sequence[Phase], *, warmup: float = 0.1, floor: float = 0.0
 ) -> float:
-    """Learning rate relative to the base: in each phase a linear warm-up to its peak, then a cosine.
+    """Learning rate relative to the base: in each phase a linear warm-up, then a cosine.
 
     Args:
         step: optimizer steps done.
@@ -409,28 +292,3 @@ def learning_rate(
         return phase.peak * (done + 1) / rise
     part = (done - rise) / max(1, phase.steps - rise)
     return phase.peak * (floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2)
-
-
-def table(planned: Sequence[Cut]) -> list[tuple[str, ...]]:
-    """A schedule as rows of text.
-
-    Args:
-        planned: cuts in order.
-
-    Returns:
-        Header and one row a cut: number, optimizer step, widths or share kept.
-    """
-    rows: list[tuple[str, ...]] = [("cut", "step", "target")]
-    for number, cut in enumerate(planned, start=1):
-        widths = {kind: _span(value) for kind, value in cut.budget.widths.items()}
-        target = (
-            ", ".join(f"{kind} {text}" for kind, text in widths.items())
-            or f"keep {cut.budget.keep:.4f}"
-        )
-        rows.append((str(number), str(cut.step), target))
-    return rows
-
-
-def _span(value: int | list[int]) -> str:
-    numbers = value if isinstance(value, list) else [value]
-    return str(numbers[0]) if len(set(numbers)) == 1 else f"{min(numbers)}..{max(numbers)}"

@@ -1,6 +1,7 @@
-"""A model described as axes: `describe` reads shapes, `Spec.cut` follows a cut without touching the model.
+"""A model described as axes; `Spec.cut` follows a cut without touching the model.
 
-Legend: R rows (outputs) and C columns (inputs) of a linear, U units of an axis, w entries a unit owns.
+Legend: R rows (outputs) and C columns (inputs) of a linear, U units of an axis, w entries a unit
+    owns.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Axis:
     block: int
     """Block index."""
     slices: tuple[Slice, ...]
-    """Ends of linears it covers; the first is the anchor that decides whether a unit still exists."""
+    """Ends of linears it covers; the first is the anchor that decides whether a unit still
+    exists."""
     origin: Tensor
     """[U] int64: number of each unit in the dense model, ascending."""
     group: Tensor
@@ -124,7 +126,7 @@ class Spec:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over names, logical shapes and surviving units; equal for masked and cut models."""
+        """16 hex digits over names, logical shapes and units left; equal for masked and cut."""
         axes = {
             name: [axis.dense_size, axis.origin.tolist()]
             for name, axis in sorted(self.axes.items())
@@ -212,9 +214,10 @@ def _cut_slice(piece: Slice, keep: Lowered, alive_U: Tensor, physical: bool) -> 
     if len(counts) and not bool((counts == counts[0]).all()):
         raise PlanError(
             "units would keep uneven groups",
-            given=f"{int(counts.min())} to {int(counts.max())} entries a unit at {piece.module} ({piece.side})",
+            given=f"{int(counts.min())} to {int(counts.max())} entries a unit at "
+            f"{piece.module} ({piece.side})",
             allowed="the same number in every unit",
-            fix="keep equally many units in every group, and drop what reads a dropped unit with it",
+            fix="keep equally many units in every group, and drop what reads a dropped one too",
         )
     index = index[kept].reshape(len(index), -1)
     if physical:

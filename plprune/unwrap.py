@@ -36,13 +36,15 @@ def find_model(root: nn.Module, attribute: str | None = None) -> nn.Module:
 
     Args:
         root: any module, e.g. a `LightningModule`.
-        attribute: dotted path of the model below `root`; `None` searches for the one Hugging Face model.
+        attribute: dotted path of the model below `root`; `None` searches for the one Hugging Face
+            model.
 
     Returns:
         The model as it hangs in `root` (still wrapped by peft if it is).
 
     Raises:
-        ModelError: if the path does not exist, nothing is found, or there is more than one candidate.
+        ModelError: if the path does not exist, nothing is found, or there is more than one
+            candidate.
     """
     if attribute is not None:
         try:

@@ -1,4 +1,4 @@
-"""A model that is pruned step by step: what is masked, what is cut, what happened, and how to restore all of it."""
+"""A model that is pruned step by step: what is masked, what is cut, how to restore both."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Progressive:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Bring a freshly built dense model to the structure of a checkpoint, before its weights are loaded.
+        """Bring a freshly built dense model to a checkpoint's structure, before weights load.
 
         Args:
             state: from `state`.
@@ -176,7 +176,7 @@ def _masked(physical: Spec, kept: Mapping[str, Sequence[int]]) -> Spec:
 
 
 def probe_loss(model: nn.Module, batch: Batch) -> float:
-    """Language-model loss of one batch in evaluation mode, for comparing a model before and after a commit.
+    """Language-model loss of one batch in evaluation mode, to compare before and after a commit.
 
     Args:
         model: plain or wrapped model.

@@ -42,8 +42,8 @@ def calibrate(
         progress: told after every batch.
 
     Returns:
-        Statistics summed over ranks, on the CPU, and a hash of the calibration sequences of all ranks, which
-        depends neither on how they are batched, padded and ordered nor on the number of ranks.
+        Statistics summed over ranks, on the CPU, and a hash of the calibration sequences of all
+        ranks, which depends neither on their batches, padding and order nor on the number of ranks.
 
     Raises:
         DataError: if there is no batch; of several ranks some may have none.
@@ -131,7 +131,7 @@ def token_mask(inputs: Batch, skip_first: int) -> Tensor | None:
 
 
 def _digest(batch: Batch) -> Tensor:
-    """[4] int64, sum of the sha256 of the sequences without padding; it wraps around and adds over ranks."""
+    """[4] int64, sum over sequences of their sha256, padding left out; it wraps around."""
     ids, mask = batch["input_ids"].cpu(), batch.get("attention_mask")
     kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
     total = torch.zeros(4, dtype=torch.int64)

@@ -56,13 +56,16 @@ class Family:
     )
     """Config attributes that hold the number of query heads, KV heads and MLP channels."""
     counters: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
-    """Module path in a block -> {attribute: heads | kv_heads | rep | ffn} to refresh after a cut."""
+    """Module path in a block -> {attribute: heads | kv_heads | rep | ffn} to refresh after a
+    cut."""
     config_readers: tuple[str, ...] = ()
     """Modules in a block whose forward reads head counts from `self.config`."""
     head_rule: HeadRule = "any"
-    """Which head counts the stock class can load: any, only divisors of the hidden size, or none but its own."""
+    """Which head counts the stock class can load: any, only divisors of the hidden size, or none
+    but its own."""
     export_as: tuple[str, str] | None = None
-    """(model_type, class name) of a stock class with the same arithmetic that accepts any head count."""
+    """(model_type, class name) of a stock class with the same arithmetic that accepts any head
+    count."""
 
     @property
     def gated(self) -> bool:

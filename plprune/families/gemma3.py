@@ -1,4 +1,4 @@
-"""Gemma-3 text models: Llama's paths, q/k norms, four norms a block, sliding and full attention layers."""
+"""Gemma-3 text models: Llama's paths, q/k norms, four norms a block, sliding and full attention."""
 
 from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, Family
 

@@ -1,4 +1,4 @@
-"""Qwen3: Llama's blocks with a norm over each head of q and k (width head_dim, never cut with heads)."""
+"""Qwen3: Llama's blocks with a norm over each head of q and k, of width head_dim, never cut."""
 
 from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, Family
 

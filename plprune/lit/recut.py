@@ -142,7 +142,8 @@ def assert_consistent(module: nn.Module, optimizers: list[Any]) -> None:
         if p.requires_grad and owned.pop(id(p), 0) != 1
     ]
     known = {id(p) for p in module.parameters()}
-    stale = [key for key in owned if key not in known]
+    held = {*owned, *(id(p) for optimizer in optimizers for p in optimizer.state)}
+    stale = held - known
     crooked = [
         key
         for optimizer in optimizers
@@ -182,13 +183,15 @@ def assert_shapes(model: nn.Module, spec: Spec) -> None:
 def rebuild_optimizers(trainer: Trainer) -> None:
     """Make optimizers and schedulers again after the set of trainable parameters changed.
 
-    State of parameters that stay trainable is kept, and so are learning rates and scheduler positions.
+    State of parameters that stay trainable is kept, and so are learning rates (of optimizers with as many groups as
+    before) and scheduler positions.
 
     Args:
         trainer: running on one device.
     """
     strategy = trainer.strategy
     kept = {p: state for optimizer in strategy.optimizers for p, state in optimizer.state.items()}
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in strategy.optimizers]
     positions = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs]
     strategy.setup_optimizers(trainer)
     for optimizer in strategy.optimizers:
@@ -198,7 +201,12 @@ def rebuild_optimizers(trainer: Trainer) -> None:
                     optimizer.state[parameter] = kept[parameter]
     for config, position in zip(strategy.lr_scheduler_configs, positions, strict=True):
         config.scheduler.load_state_dict(position)
-        for group, rate in zip(
-            config.scheduler.optimizer.param_groups, config.scheduler.get_last_lr(), strict=True
-        ):
-            group["lr"] = rate
+        _set_rates(config.scheduler.optimizer, config.scheduler.get_last_lr())
+    for optimizer, before in zip(strategy.optimizers, rates, strict=True):
+        if len(before) == len(optimizer.param_groups):
+            _set_rates(optimizer, before)
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

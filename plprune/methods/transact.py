@@ -1,25 +1,26 @@
 """TransAct: iterative structured pruning guided by transitional activations.
 
-Shen et al., "Pruning Large Language Models to Intra-module Low-rank Architecture with Transitional Activations",
-Findings of ACL 2024, arXiv 2407.05690; where paper and release may differ, the release (XiaoMi/transact-pruning).
+Shen et al., "Pruning Large Language Models to Intra-module Low-rank Architecture with Transitional
+Activations", Findings of ACL 2024, arXiv 2407.05690; where paper and release may differ, the
+release (XiaoMi/transact-pruning).
 
-What is pruned: whole attention heads and MLP channels, equally many in every block; the residual stream never.
-Transitional activations are the inputs of the attention output and of the MLP down projection. With x their
-entries over samples n and tokens t,
+What is pruned: whole attention heads and MLP channels, equally many in every block; the residual
+stream never. Transitional activations are the inputs of the attention output and of the MLP down
+projection. With x their entries over samples n and tokens t,
 
     s = sqrt(sum_n sum_t x^2)                    per entry (head k, position j) or MLP channel i
     S_head = mean_j s_kj + alpha * max_j s_kj    alpha = 10 / head width
     S_mlp  = s_i
 
-and the highest scores stay, in their order, weights unchanged. Between K = 8 cuts all weights are trained and the
-calibration set (128 x 4096 tokens) is run again.
+and the highest scores stay, in their order, weights unchanged. Between K = 8 cuts all weights are
+trained and the calibration set (128 x 4096 tokens) is run again.
 
-Differences from the release: under grouped-query attention the unit is a KV group, scored by the mean of its query
-heads (the release overwrites the KV count); `head_score: sq_sum_max` is the squared form that reviews of the paper
-describe; sums run in float64; ties go to the lower index.
+Differences from the release: under grouped-query attention the unit is a KV group, scored by the
+mean of its query heads (the release overwrites the KV count); `head_score: sq_sum_max` is the
+squared form that reviews of the paper describe; sums run in float64; ties go to the lower index.
 
-Not for: large ratios without training between the cuts; very few KV heads (a unit is then a third or a half of all
-attention, use `attention: query_in_group` or `none`).
+Not for: large ratios without training between the cuts; very few KV heads (a unit is then a third
+or a half of all attention, use `attention: query_in_group` or `none`).
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class TransAct(Method):
     """Keep the heads and MLP channels with the largest transitional activations."""
 
     attention: Attention = "kv_group"
-    """Attention unit: a KV head with its query heads, query heads equally in all groups, or nothing."""
+    """Attention unit: a KV head with its query heads, query heads equally in all groups, or
+    nothing."""
     mlp: bool = True
     """Whether MLP channels are cut."""
     head_score: HeadScore = "l2_mean_max"

@@ -22,7 +22,11 @@ class Gram(Stat):
     @classmethod
     def zero(cls, channels: int, device: torch.device | str = "cpu") -> Gram:
         """Empty statistic for C channels."""
-        return cls(n=zeros(device=device), x_C=zeros(channels, device=device), xx_CC=zeros(channels, channels, device=device))
+        return cls(
+            n=zeros(device=device),
+            x_C=zeros(channels, device=device),
+            xx_CC=zeros(channels, channels, device=device),
+        )
 
     def update(self, x_NC: Tensor) -> Gram:
         """Add x and x x^T summed over rows."""

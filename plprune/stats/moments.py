@@ -22,7 +22,11 @@ class Moments(Stat):
     @classmethod
     def zero(cls, channels: int, device: torch.device | str = "cpu") -> Moments:
         """Empty statistic for C channels."""
-        return cls(n=zeros(device=device), x_C=zeros(channels, device=device), xx_C=zeros(channels, device=device))
+        return cls(
+            n=zeros(device=device),
+            x_C=zeros(channels, device=device),
+            xx_C=zeros(channels, device=device),
+        )
 
     def update(self, x_NC: Tensor) -> Moments:
         """Add x and x^2 summed over rows."""

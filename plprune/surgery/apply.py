@@ -35,7 +35,8 @@ def apply(model: nn.Module, plan: Plan, spec: Spec) -> Applied:
     """Apply a plan to a model: Write, then Mask, then Keep.
 
     Args:
-        model: the model `spec` describes; changed in place, its parameters that shrink are replaced.
+        model: the model `spec` describes; changed in place, its parameters that shrink are
+            replaced.
         plan: made for `spec`.
         spec: spec of the model as it is.
 
@@ -65,7 +66,8 @@ def commit(model: nn.Module, spec: Spec, lowered: Lowered) -> Applied:
         The new spec and the replaced parameters.
 
     Raises:
-        PlanError: if tensors that two modules share would not be cut alike; nothing is changed then.
+        PlanError: if tensors that two modules share would not be cut alike; nothing is changed
+            then.
     """
     plain = unwrap(model)
     keep = _with_dead(spec, lowered)
@@ -186,7 +188,8 @@ def _write_bias(base: nn.Module, bias: Tensor) -> None:
 def _dora_norms(model: nn.Module, keep: Lowered) -> dict[tuple[str, str], Tensor]:
     """Row norms of W + BA of every DoRA layer that loses inputs, rows that stay only.
 
-    DoRA scales each row by magnitude / norm; dropping columns shrinks the norm, so the magnitude follows.
+    DoRA scales each row by magnitude / norm; dropping columns shrinks the norm, so the magnitude
+    follows.
     """
     norms = {}
     for path, side in keep:
@@ -221,7 +224,7 @@ def _row_norms(module: Any, adapter: str) -> Tensor:
 
 
 def _refresh_counters(model: nn.Module, family: Family, spec: Spec) -> None:
-    """Bring head counts and widths kept beside the weights up to date, in modules and in the config."""
+    """Refresh head counts and widths kept beside the weights, in modules and in the config."""
     uniform = len(set(spec.blocks)) == 1
     blocks = cast(nn.ModuleList, model.get_submodule(family.blocks))
     config: Any = model.config
@@ -232,7 +235,8 @@ def _refresh_counters(model: nn.Module, family: Family, spec: Spec) -> None:
                 setattr(block.get_submodule(path), attribute, values[quantity])
         for path in family.config_readers:
             reader: Any = block.get_submodule(path)
-            # Its forward reads head counts from the config: one private copy per block, or widths could not differ.
+            # Its forward reads head counts from the config: one private copy per block, or widths
+            # could not differ.
             reader.config = copy.copy(reader.config)
             for quantity, attribute in family.dims.items():
                 set_config(reader.config, attribute, values[quantity])
@@ -246,8 +250,8 @@ def _refresh_counters(model: nn.Module, family: Family, spec: Spec) -> None:
 def set_config(config: Any, attribute: str, value: int) -> None:
     """Set a width in a Hugging Face config without its whole-config validation.
 
-    Some stock configs refuse head counts that do not divide the hidden size although their modules run with
-    them; what such a model may be saved as is the export's business.
+    Some stock configs refuse head counts that do not divide the hidden size although their modules
+    run with them; what such a model may be saved as is the export's business.
 
     Args:
         config: the model's config, changed in place.

@@ -1,4 +1,4 @@
-"""Which dimension of which parameter belongs to which side of a module: the one table surgery works from."""
+"""Which dimension of which parameter belongs to which side of a module."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def dims(module: nn.Module) -> Dims:
     """Dimensions of a module's parameters by side.
 
     Args:
-        module: Linear, transformers' Conv1D, Embedding, LayerNorm, RMSNorm, or a peft LoRA layer around a linear.
+        module: Linear, transformers' Conv1D, Embedding, LayerNorm, RMSNorm, or a peft LoRA layer
+            around a linear.
 
     Returns:
         For every parameter that follows a side, the dimension that is cut with it.

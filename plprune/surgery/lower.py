@@ -18,10 +18,12 @@ def lower(plan: Plan, spec: Spec) -> Lowered:
         spec: the model.
 
     Returns:
-        (module, side) -> Bool[size] in the coordinates of the tensors; masked entries are False already.
+        (module, side) -> Bool[size] in the coordinates of the tensors; masked entries are False
+        already.
 
     Raises:
-        PlanError: if the plan was made for another model, keeps units that do not exist, or uneven groups.
+        PlanError: if the plan was made for another model, keeps units that do not exist, or uneven
+            groups.
     """
     if plan.fingerprint != spec.fingerprint:
         raise PlanError(

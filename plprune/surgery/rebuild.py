@@ -26,7 +26,8 @@ def structure_of(spec: Spec, dense: Spec) -> dict[str, Any]:
         dense: the model it came from.
 
     Returns:
-        JSON-able dict: format, family, fingerprints, dense and present dimensions, kept units by axis.
+        JSON-able dict: format, family, fingerprints, dense and present dimensions, kept units by
+        axis.
     """
     return {
         "format": FORMAT,

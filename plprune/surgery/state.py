@@ -72,7 +72,7 @@ def cut(tensor: Tensor, cuts: Cuts) -> Tensor:
 
 
 def slice_state(state: Mapping[str, Tensor], table: CutTable) -> dict[str, Tensor]:
-    """Cut a name-addressed collection of tensors: a state dict, fp32 masters, EMA copies, weight masks.
+    """Cut tensors addressed by name: a state dict, fp32 masters, EMA copies, weight masks.
 
     Args:
         state: tensors by parameter name.
@@ -121,7 +121,8 @@ def slice_optimizer(
     Args:
         optimizer: the live optimizer; groups, learning rates and schedulers keep referring to it.
         swaps: replaced parameters.
-        reset: drop all state instead (also of parameters that were not cut), as TransAct's release does.
+        reset: drop all state instead (also of parameters that were not cut), as TransAct's release
+            does.
     """
     _refuse_lbfgs(optimizer)
     by_old = {swap.old: swap for swap in swaps}
@@ -142,7 +143,8 @@ def slice_optimizer(
 
 
 def _refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
-    # It keeps its own list of parameters, which would go on naming the old ones, also after a reset.
+    # It keeps its own list of parameters, which would go on naming the old ones, also after a
+    # reset.
     if isinstance(optimizer, torch.optim.LBFGS):
         raise PlanError(
             "cannot cut the state of LBFGS",

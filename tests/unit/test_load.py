@@ -97,7 +97,7 @@ def test_hub_ids_pass_through(monkeypatch: pytest.MonkeyPatch):
 def test_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ModelError, match=f"no such model folder: given {name}; allowed an existing"
+        ModelError, match=f"no such model folder: given {name or 'nothing'}; allowed an existing"
     ):
         load_hf(name)
     with pytest.raises(ModelError, match="no such model folder"):
@@ -202,7 +202,8 @@ def test_per_layer_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         out,
         "the folder is a per-layer export and brings its own modeling file: "
         f"given trust_remote_code off for {out}; "
-        "allowed trust_remote_code on, after a look at modeling_plprune.py; fix: set trust_remote_code: true",
+        "allowed trust_remote_code on, after a look at modeling_plprune.py; "
+        "fix: set trust_remote_code: true",
     )
 
 

@@ -1,0 +1,153 @@
+"""How far to cut each time: from a budget and a schedule to the cuts of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+
+from plprune.allocate import units_per_group
+from plprune.budget import Budget
+from plprune.errors import BudgetError, ConfigError
+from plprune.methods.base import Method
+from plprune.schedule import Length, Schedule
+from plprune.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """One planned cut."""
+
+    step: int
+    """Optimizer steps done when it happens."""
+    budget: Budget
+    """What is left after it."""
+
+
+def step_widths(dense: int, target: int, progress: Sequence[Fraction], unit: int = 1) -> list[int]:
+    """Widths after each cut on the way from dense to target (TransAct's rule when progress is i/K).
+
+    Each cut removes `floor` of its share of what is left to remove, then rounds up to whole units
+    and goes on from the rounded width.
+
+    Args:
+        dense: units before the first cut.
+        target: units after the last.
+        progress: share of the way after each cut.
+        unit: entries of one unit (a head's width); the rule counts entries.
+
+    Returns:
+        Units after each cut.
+    """
+    widths, current, before = [], dense, Fraction(0)
+    for share in progress:
+        part = (share - before) / (1 - before)
+        planned = current * unit - math.floor((current - target) * unit * part)
+        current, before = math.ceil(Fraction(planned, unit)), share
+        widths.append(current)
+    return widths
+
+
+def cuts(
+    spec: Spec, method: Method, budget: Budget, schedule: Schedule, length: Length
+) -> tuple[Cut, ...]:
+    """The cuts of a run.
+
+    Args:
+        spec: the dense model.
+        method: says whether widths follow from the budget alone.
+        budget: the target.
+        schedule: when.
+        length: of the run.
+
+    Returns:
+        Cuts in order, the last one meeting `budget`.
+
+    Raises:
+        ConfigError: if two cuts fall on one step.
+        BudgetError: if the budget cannot be met or a cut would change nothing.
+    """
+    points = schedule.points(length)
+    for a, b in pairwise(points):
+        if b.step <= a.step:
+            raise ConfigError(
+                "two cuts fall on one optimizer step",
+                given=f"{len(points)} cuts in a run of {length.steps} steps",
+                fix="train longer, spread the cuts, or use fewer",
+            )
+    target = method.widths(spec, budget)
+    if target is None:
+        return tuple(Cut(step=p.step, budget=_partial(budget, p.progress)) for p in points)
+    planned = _widths(spec, target, [point.progress for point in points])
+    _require_change(planned, {kind: units_per_group(spec, kind) for kind in target})
+    return tuple(
+        Cut(step=point.step, budget=replace(budget, keep=None, widths=widths))
+        for point, widths in zip(points, planned, strict=True)
+    )
+
+
+def _partial(budget: Budget, progress: Fraction) -> Budget:
+    assert budget.keep is not None, "a method without fixed widths needs budget.keep"
+    return replace(budget, keep=1 - float(progress) * (1 - budget.keep))
+
+
+def _widths(
+    spec: Spec, target: Mapping[str, list[int]], progress: Sequence[Fraction]
+) -> list[dict[str, int | list[int]]]:
+    planned: list[dict[str, int | list[int]]] = [{} for _ in progress]
+    for kind, per_block in target.items():
+        dense = units_per_group(spec, kind)
+        entries = [
+            1 if kind == "mlp" else next(p for p in a.slices if p.side == "in").index.shape[1]
+            for a in spec.of_kind(kind)
+        ]
+        paths = [
+            step_widths(have, want, progress, unit)
+            for have, want, unit in zip(dense, per_block, entries, strict=True)
+        ]
+        for number, widths in enumerate(zip(*paths, strict=True)):
+            planned[number][kind] = list(widths)
+    return planned
+
+
+def _require_change(planned: Sequence[Mapping[str, object]], dense: Mapping[str, object]) -> None:
+    if len(planned) == 1:
+        return  # a single cut that keeps everything is a legal no-op (keep: 1.0)
+    for number, (before, after) in enumerate(zip([dense, *planned[:-1]], planned, strict=True)):
+        if all(before[kind] == after[kind] for kind in after):
+            raise BudgetError(
+                f"cut {number + 1} of {len(planned)} would change nothing",
+                given=str({kind: _first(after[kind]) for kind in after}),
+                fix="use fewer cuts or a smaller budget",
+            )
+
+
+def _first(value: object) -> object:
+    return value[0] if isinstance(value, list) else value
+
+
+def table(planned: Sequence[Cut]) -> list[tuple[str, ...]]:
+    """A schedule as rows of text.
+
+    Args:
+        planned: cuts in order.
+
+    Returns:
+        Header and one row a cut: number, optimizer step, widths or share kept.
+    """
+    rows: list[tuple[str, ...]] = [("cut", "step", "target")]
+    for number, cut in enumerate(planned, start=1):
+        widths = {kind: _span(value) for kind, value in cut.budget.widths.items()}
+        target = (
+            ", ".join(f"{kind} {text}" for kind, text in widths.items())
+            or f"keep {cut.budget.keep:.4f}"
+        )
+        rows.append((str(number), str(cut.step), target))
+    return rows
+
+
+def _span(value: int | list[int]) -> str:
+    numbers = value if isinstance(value, list) else [value]
+    return str(numbers[0]) if len(set(numbers)) == 1 else f"{min(numbers)}..{max(numbers)}"
