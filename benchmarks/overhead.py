@@ -72,7 +72,7 @@ def main() -> int:
     results = {
         "protocol": {
             **{k: v for k, v in vars(options).items() if k != "model"},
-            **{"dtype": "float32", "seed": 0, "threads": torch.get_num_threads()},
+            "dtype": "float32", "seed": 0, "threads": torch.get_num_threads(),
         },
         "step with statistics / plain": on,
         "step with paused statistics / plain": off,

@@ -10,14 +10,13 @@ Four models, one protocol, judged by `referee.py` in processes without plprune:
 The claim is recipe / (dense, trained) <= 1.35.
 
 usage: python benchmarks/transact_smollm2.py [--model DIR] [--data DIR] [--windows 40] [--seeds 0]
-    [--out DIR]
+    [--out DIR] [--key value ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from plprune.demo import smollm2
+from plprune.lit import logs
 from plprune.lit.carry import write_atomic
 from plprune.lit.cli import PlpruneCLI
 
@@ -47,9 +47,9 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/transact_smollm2"))
-    parser.add_argument("--set", nargs="*", default=[], help="more keys for plprune fit")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # What is left are keys for `plprune fit`.
+    options, options.keys = parser.parse_known_args()
+    logs.set_up()
     model = options.model or smollm2()
     scores: dict[str, Any] = {"dense": judge(model, options)}
     say(f"protocol: {json.dumps(scores['dense'])}")
@@ -89,7 +89,7 @@ def fit(
             f"--report.directory={out / 'report'}",
             f"--export.directory={out / 'model'}",
             *extra,
-            *options.set,
+            *options.keys,
         ]
     )
     return out / "model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -14,6 +15,7 @@ from plprune.errors import ConfigError, ExportError
 from plprune.export import save_hf
 from plprune.export_card import CardInfo
 from plprune.lit import guard, measured
+from plprune.load import STRUCTURE_FILE
 from plprune.lora import any_adapter
 from plprune.surgery.rebuild import structure_of
 from plprune.unwrap import find_model, unwrap
@@ -62,7 +64,11 @@ class ExportHF(Callback):
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             if any(getattr(callback, "merge_at_end", True) is False for callback in callbacks):
                 raise _unmerged()
-            require_writable(self.directory, overwrite=self.overwrite)
+            require_writable(
+                self.directory,
+                overwrite=self.overwrite,
+                ours=lambda names: STRUCTURE_FILE in names,
+            )
             guard.ensure_model(pl_module)
             self._dense = describe(find_model(pl_module, self.attribute))
 
@@ -117,12 +123,13 @@ def _unmerged() -> ExportError:
     )
 
 
-def require_writable(directory: Path, *, overwrite: bool) -> None:
+def require_writable(directory: Path, *, overwrite: bool, ours: Callable[[set[str]], bool]) -> None:
     """Refuse a target directory that exists or cannot be made.
 
     Args:
         directory: target.
         overwrite: whether it may exist.
+        ours: says of the names in a directory that is not empty whether it may be replaced.
 
     Raises:
         ExportError: naming the directory and the way out.
@@ -134,6 +141,15 @@ def require_writable(directory: Path, *, overwrite: bool) -> None:
             allowed="a directory that does not exist yet",
             fix="choose another one or pass --overwrite (export.overwrite: true)",
         )
+    if directory.exists():
+        names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {""}
+        if names and not ours(names):
+            raise ExportError(
+                "will not overwrite what an earlier run did not write",
+                given=str(directory),
+                allowed="an empty directory or one from an earlier run",
+                fix="choose another directory, or remove this one yourself",
+            )
     parent = next(
         p for p in (directory.absolute().parent, *directory.absolute().parents) if p.exists()
     )

@@ -57,7 +57,11 @@ class LoRARecovery(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject before optimizers exist, or get ready to."""
         if stage == "fit" and self.adapter_dir is not None and trainer.is_global_zero:
-            require_writable(self.adapter_dir, overwrite=self.overwrite)
+            require_writable(
+                self.adapter_dir,
+                overwrite=self.overwrite,
+                ours=lambda names: "adapter_config.json" in names,
+            )
         guard.ensure_model(pl_module)
         model = unwrap(find_model(pl_module, self.attribute))
         if self.injected is not None and self.injected.model is not model:

@@ -107,14 +107,17 @@ class Prune(Callback):
         guard.require_same(pl_module, self._describe(pl_module).model, self.attribute)
         for row in planned.table(self.plan_cuts(trainer, pl_module)):
             log.info("%-4s %-8s %s", *row)
+        if not all(self._commits(number + 1) for number in range(len(self.cuts))):
+            guard.refuse_dora(pl_module)
 
     def _start_over(self, pl_module: LightningModule) -> None:
-        """Forget an earlier run; what was cut stays cut if it is the same model."""
-        self.cuts, self._length = (), None
+        """Forget an earlier run; of the same model, cuts that were made are not made again."""
         self._watch, self._rng, self._before_validation = Watch(), None, None
         known = self.progressive
         if known is not None and known.model is not find_model(pl_module, self.attribute):
-            self.progressive = None
+            self.progressive = known = None
+        if known is None or known.done == 0:
+            self.cuts, self._length = (), None
 
     def _check_budget(self, progressive: Progressive) -> None:
         assert self.method is not None and self.budget is not None, "checked in __init__"

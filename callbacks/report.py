@@ -17,7 +17,7 @@ from plprune.describe import describe
 from plprune.evaluate import PerplexityResult, perplexity
 from plprune.lit import calibration, carry, guard, measured
 from plprune.report import Report, Sample, Score
-from plprune.report_html import write
+from plprune.report_html import FILES, write
 from plprune.timing import greedy_samples, speed
 from plprune.unwrap import find_model, unwrap
 
@@ -69,7 +69,9 @@ class PruneReport(Callback):
         """Refuse a target that cannot be written; count the dense model."""
         if stage != "fit":
             return
-        require_writable(self.directory, overwrite=self.overwrite)
+        require_writable(
+            self.directory, overwrite=self.overwrite, ours=lambda names: names <= set(FILES)
+        )
         guard.ensure_model(pl_module)
         self._log, self._resumed = _fresh(), False
         model = find_model(pl_module, self.attribute)

@@ -96,13 +96,8 @@ def save_hf(
     with _staging(target_dir, overwrite=overwrite) as work:
         tensors = tensors_of(plain, dtype=chosen.dtype)
         target = target_for(plain, spec, tensors, mode=mode, tied=is_tied(plain))
-        _check_space(work, tensors, chosen.dtype)
         info = replace(card or CardInfo(), name=(card and card.name) or target_dir.name)
-        _write_settings(work, plain, target, dtype_of(tensors, chosen.dtype), chosen)
-        _write_words(work, plain, structure, target, info)
-        _copy_reports(work, chosen.report_files)
-        # Last, because it takes longest: whatever can fail quickly has failed by now.
-        write_shards(work, tensors, target.zeros, chosen.dtype, chosen.max_shard_bytes)
+        _fill(work, plain, structure, target, tensors, info, chosen)
     return target_dir
 
 
@@ -136,6 +131,25 @@ def _check_space(work: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype |
         )
 
 
+def _fill(
+    work: Path,
+    model: nn.Module,
+    structure: Mapping[str, Any],
+    target: Target,
+    tensors: Mapping[str, Tensor],
+    info: CardInfo,
+    chosen: _Chosen,
+) -> None:
+    _check_space(work, tensors, chosen.dtype)
+    _write_settings(work, model, target, dtype_of(tensors, chosen.dtype), chosen)
+    text = card_text(info, structure=structure, family=family_of(model), target=target)
+    (work / "README.md").write_text(text, "utf-8")
+    write_json(work / STRUCTURE_FILE, _sidecar(model, structure, target, info))
+    _copy_reports(work, chosen.report_files)
+    # Last, because it takes longest: whatever can fail quickly has failed by now.
+    write_shards(work, tensors, target.zeros, chosen.dtype, chosen.max_shard_bytes)
+
+
 def _write_settings(
     work: Path, model: nn.Module, target: Target, dtype: torch.dtype, chosen: _Chosen
 ) -> None:
@@ -149,14 +163,6 @@ def _write_settings(
         generation.to_json_file(str(work / "generation_config.json"))
     if chosen.tokenizer is not None:
         chosen.tokenizer.save_pretrained(str(work))
-
-
-def _write_words(
-    work: Path, model: nn.Module, structure: Mapping[str, Any], target: Target, info: CardInfo
-) -> None:
-    text = card_text(info, structure=structure, family=family_of(model), target=target)
-    (work / "README.md").write_text(text, "utf-8")
-    write_json(work / STRUCTURE_FILE, _sidecar(model, structure, target, info))
 
 
 def _sidecar(

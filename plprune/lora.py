@@ -149,11 +149,9 @@ def save_adapter(
     temporary.mkdir(parents=True)
     try:
         injected.tuner.peft_config[ADAPTER].save_pretrained(str(temporary))
-        config_file = temporary / "adapter_config.json"
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        config[HASH_KEY] = structure_hash(spec)
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        # Not in adapter_config.json: peft warns about keys it does not know.
+        metadata = {"format": "pt", HASH_KEY: structure_hash(spec)}
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata=metadata)
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(temporary, directory)
@@ -196,16 +194,18 @@ def load_adapter(model: nn.Module, directory: Path, spec: Spec) -> Injected:
         StructureError: if the adapter was trained on another structure, is damaged, or does not say
             which.
     """
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(directory / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+        with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+            wanted = (file.metadata() or {}).get(HASH_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
         raise StructureError(
             "not a readable adapter", given=str(directory), allowed="a saved adapter"
         ) from error
-    wanted, found = config.pop(HASH_KEY, None), structure_hash(spec)
+    found = structure_hash(spec)
     if wanted != found:
         raise StructureError(
             "the adapter belongs to another structure",
@@ -237,3 +237,8 @@ def load_adapter(model: nn.Module, directory: Path, spec: Spec) -> Injected:
 def any_adapter(model: nn.Module) -> bool:
     """True if the model has LoRA adapters that are not merged."""
     return any(is_lora(module) for module in model.modules())
+
+
+def any_dora(model: nn.Module) -> bool:
+    """True if the model has DoRA adapters, whose scale is a norm over all columns of a weight."""
+    return any(getattr(module, "lora_magnitude_vector", None) for module in model.modules())

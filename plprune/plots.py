@@ -134,7 +134,7 @@ class _Frame:
         parts.append(f'<text class="mid" {turn}>{y_label}</text>')
         x = float(_LEFT)
         for css, text in legend:
-            swatch = "9h18v9h-18z" if css in ("kept", "dense") else "14h18"
+            swatch = "9h18v9h-18z" if css in ("kept", "dense", "box") else "14h18"
             parts.append(f'<path class="{css}" d="M{x} {swatch}"/>')
             parts.append(f'<text x="{x + 24}" y="18">{escape(text)}</text>')
             x += 44 + 6.6 * len(text)
@@ -150,7 +150,8 @@ def number(value: float | None) -> str:
         return f"not finite ({value})"
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+    digits = ".2f" if abs(value) >= 10 else ".3f" if abs(value) >= 0.1 or not value else ".3g"
+    return f"{value:{digits}}"
 
 
 def percent(share: float) -> str:
@@ -200,9 +201,9 @@ def score_plot(scores: Sequence[ScoreSummary], label: str) -> str:
         whiskers.append(f"M{frame.px(row.layer)} {q05}V{q95}")
         boxes.append(f"M{left} {q25}H{right}V{q75}H{left}z")
         medians.append(f"M{left} {q50}H{right}")
-    drawn = (("whisker", whiskers), ("kept", boxes), ("median", medians), ("cut", cuts))
+    drawn = (("whisker", whiskers), ("box", boxes), ("median", medians), ("cut", cuts))
     body = "".join(f'<path class="{css}" d="{"".join(d)}"/>' for css, d in drawn if d)
-    legend = [("whisker", "5 to 95 %"), ("kept", "25 to 75 %"), ("median", "median")]
+    legend = [("whisker", "5 to 95 %"), ("box", "25 to 75 %"), ("median", "median")]
     legend += [("cut", "cut threshold")] if cuts else []
     label = f"score of {label}"
     return frame.draw(body, axes=("layer", "score"), legend=legend, label=label)
@@ -284,7 +285,7 @@ def _ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list
 def _log_ticks(low: float, high: float) -> list[float]:
     """Choose 1, 2, 5 per decade; decades only when there are many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks: tuple[int, ...] = (1, 2, 5) if len(decades) <= 4 else (1,)
+    marks = (1, 2, 5) if high / low < 1000 else (1,)
     every = max(1, len(decades) // 6)
     found = [m * 10.0**d for d in decades[::every] for m in marks]
     return [tick for tick in found if low <= tick <= high]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,18 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/quickstart"), help="folder for report and model"
     )
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        help="more keys for plprune fit, e.g. --trainer.max_steps=10",
-    )
-    options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # What is left are keys for `plprune fit`, e.g. --trainer.max_steps=10.
+    options, keys = parser.parse_known_args(argv)
+    from plprune.lit import logs
+
+    logs.set_up()
     try:
-        run(
-            options.out, inputs(options.model, options.train, options.val, options.out), options.set
-        )
+        run(options.out, inputs(options.model, options.train, options.val, options.out), keys)
     except PlpruneError as error:
         sys.stderr.write(f"quickstart: {error}\n")
         return 2

@@ -230,7 +230,7 @@ def _worse(share: float | None) -> str:
 
 def _faster(share: float | None) -> str:
     if share is None:
-        return "speed was not measured on both"
+        return "was not timed on both models"
     word = "faster" if share >= GAIN else "slower" if share < 2 - GAIN else "not faster"
     return f"is {word}, {share:.2f} times the dense speed"
 

@@ -168,7 +168,8 @@ def to_markdown(report: Report) -> str:
     lines += [f"- Note: {_plain(note)}" for note in report.notes]
     for title, rows in tables(report).items():
         cells = [[_plain(cell) for cell in row] for row in rows]
-        cells[1:1] = [["---", *["---:"] * (len(row) - 1)] for row in rows[:1]]
+        right = "---" if title == "Protocol" else "---:"
+        cells[1:1] = [["---", *[right] * (len(row) - 1)] for row in rows[:1]]
         lines += ["", f"## {title}", ""] if rows else []
         lines += [f"| {' | '.join(row)} |" for row in cells]
     for place, sample in enumerate(report.samples, 1):
@@ -227,7 +228,8 @@ def _curves(report: Report) -> str:
     steps, drawn = [cut.step for cut in report.cuts], []
     for quantity in dict.fromkeys(curve.quantity for curve in report.curves if curve.step):
         curves = [curve for curve in report.curves if curve.quantity == quantity and curve.step]
-        caption = f"{quantity}: how far it jumps at each cut, and how much training wins back."
+        name = quantity[:1].upper() + quantity[1:]
+        caption = f"{name}: how far it jumps at each cut, and how much training wins back."
         drawn.append(_figure(curve_plot(curves, steps, quantity), caption))
     return f"<section><h2>Training</h2>{''.join(drawn)}</section>" if drawn else ""
 
@@ -256,12 +258,12 @@ def _samples(report: Report) -> str:
 
 
 def write(report: Report, directory: str | Path, overwrite: bool = False) -> Path:
-    """Write report.html, report.json and report.md; the directory appears complete or not at all.
+    """Write report.html, report.json and report.md; a new directory appears complete or not at all.
 
     Args:
         report: what to write.
-        directory: where; one that holds anything but a report is never touched.
-        overwrite: replace the report that is already there.
+        directory: where.
+        overwrite: replace the report that is already there; other files in the directory stay.
 
     Returns:
         The directory.
@@ -270,10 +272,10 @@ def write(report: Report, directory: str | Path, overwrite: bool = False) -> Pat
     texts = dict(zip(FILES, (page(report), data, to_markdown(report)), strict=True))
     target = Path(directory).resolve()
     found = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
-    if target.is_file() or set(found) - set(FILES) or (found and not overwrite):
+    if target.is_file() or (found and not overwrite):
         given = f"{target.name} with {', '.join(found)}" if found else f"the file {target.name}"
-        fix = "choose another directory" + ("" if set(found) - set(FILES) else " or overwrite=True")
-        allowed = "a new directory, an empty one, or with overwrite=True one with a report only"
+        fix = "choose another directory" + (" or overwrite=True" if found else "")
+        allowed = "a new or empty directory, or any directory with overwrite=True"
         raise ExportError("cannot write the report", given=given, allowed=allowed, fix=fix)
     stem = f".{target.name}.{uuid.uuid4().hex}"
     part, old = target.with_name(stem), target.with_name(stem + ".old")
@@ -281,9 +283,13 @@ def write(report: Report, directory: str | Path, overwrite: bool = False) -> Pat
     try:
         for name, text in texts.items():
             part.joinpath(name).write_text(text, "utf-8", errors="replace")
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
+        if set(found) - set(FILES):  # the directory is not ours alone: replace file by file
+            for name in FILES:
+                part.joinpath(name).replace(target / name)
+        else:
+            if target.exists():
+                target.rename(old)
+            part.rename(target)
     finally:
         if old.exists() and not target.exists():
             old.rename(target)

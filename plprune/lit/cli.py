@@ -1,9 +1,9 @@
-"""The `plprune` command: LightningCLI for fit, validate, test and predict; plan, evaluate, export and report beside it."""
+"""The `plprune` command: LightningCLI, and plan, evaluate, export and report beside it."""
 
 from __future__ import annotations
 
-import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
 from plprune.errors import ConfigError, PlpruneError
+from plprune.lit import logs
 from plprune.lit.carry import require_readable
 from plprune.lit.data import LitTokens
 from plprune.lit.model import LitCausalLM
@@ -38,6 +39,8 @@ class PlpruneCLI(LightningCLI):
             args: command line without the program name; None takes `sys.argv`.
             run: False only builds trainer, module and data.
         """
+        # Lightning wants scripts to use sys.argv; our programs and tests pass arguments on purpose.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         super().__init__(
             LitCausalLM,
             LitTokens,
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 after an error of the user's, told in one message.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logs.set_up()
     try:
         if args and args[0] in COMMANDS:
             COMMANDS[args[0]](args[1:])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plprune.describe import describe
 from plprune.errors import CheckpointError, ConfigError, PlanError
-from plprune.lora import any_adapter
+from plprune.lora import any_adapter, any_dora
 from plprune.schedule import Length
 from plprune.unwrap import find_model, unwrap
 
@@ -78,6 +78,24 @@ def require_same(module: LightningModule, model: nn.Module, attribute: str | Non
             given=f"{type(module).__name__}.configure_model",
             allowed="one that returns at once when the model is there, as Lightning asks",
             fix="begin it with `if self.model is not None: return`",
+        )
+
+
+def refuse_dora(model: nn.Module) -> None:
+    """Refuse to train DoRA adapters on masked units.
+
+    Args:
+        model: the language model, about to be trained with cuts that are not committed at once.
+
+    Raises:
+        ConfigError: if it has DoRA adapters.
+    """
+    if any_dora(model):
+        raise ConfigError(
+            "DoRA adapters cannot train on masked units",
+            given="use_dora: true, and cuts that are only masked",
+            allowed="smaller tensors at every cut: the scale of DoRA is a norm over all columns, masked or not",
+            fix="set prune.commit: every",
         )
 
 

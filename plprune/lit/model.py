@@ -117,9 +117,9 @@ class LitCausalLM(LightningModule):
         model.set_attn_implementation(self.attn_implementation)
         model.config.use_cache = False
         if self.checkpointed:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            # transformers renamed it on the way to v6.
+            new = getattr(model, "activation_checkpointing_enable", None)
+            (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.compiled:
             model.compile()
         self.model = model.train()

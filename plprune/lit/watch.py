@@ -52,8 +52,8 @@ class Watch:
             device = next(model.parameters()).device
             self._seen.stats.update(_unpacked(self._restored or [], taps, device))
             self._restored = None
-            # Compiled graphs are not guarded on hooks.
-            torch.compiler.reset()
+            # Compiled graphs are not guarded on hooks: passes that are watched run eagerly.
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._seen.active, self._seen.token_mask = True, token_mask(batch, skip_first)
         self.probe = {key: batch[key][:1].detach() for key in MODEL_KEYS if key in batch}
 
@@ -67,7 +67,6 @@ class Watch:
         if self._seen is not None:
             self._stack.close()
             self._seen = None
-            torch.compiler.reset()
 
     def take(self, taps: Sequence[Tap], step: int) -> StatMap:
         """What was seen since the last cut, summed over ranks; the hooks go.

@@ -264,7 +264,7 @@ def test_verdict_with_gain_has_no_complaint():
 def test_verdict_without_measurements_says_so():
     assert verdict(Report(title="t")) == [
         "Against the dense model: parameters not counted; perplexity was not measured; "
-        "decoding speed was not measured on both."
+        "decoding was not timed on both models."
     ]
 
 
@@ -593,13 +593,20 @@ def test_write_uses_an_empty_directory(tmp_path):
 
 def test_write_never_removes_other_files(tmp_path):
     (tmp_path / "model.safetensors").write_text("weights")
-    with pytest.raises(
-        ExportError, match=r"with model.safetensors.*fix: choose another directory$"
-    ):
-        write(Report(title="t"), tmp_path, overwrite=True)
+    with pytest.raises(ExportError, match=r"with model.safetensors.*or overwrite=True"):
+        write(Report(title="t"), tmp_path)
+    for title in ("first", "second"):
+        write(Report(title=title), tmp_path, overwrite=True)
     assert (tmp_path / "model.safetensors").read_text() == "weights"
-    with pytest.raises(ExportError, match=r"given the file model.safetensors"):
-        write(Report(title="t"), tmp_path / "model.safetensors")
+    assert "second" in (tmp_path / "report.md").read_text("utf-8")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_write_refuses_a_file(tmp_path):
+    (tmp_path / "report").write_text("text")
+    with pytest.raises(ExportError, match=r"given the file report;.*another directory$"):
+        write(Report(title="t"), tmp_path / "report", overwrite=True)
+    assert (tmp_path / "report").read_text() == "text"
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):

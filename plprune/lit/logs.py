@@ -1,0 +1,30 @@
+"""What a run says on stderr: our lines once, others' advertising not at all."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def set_up() -> None:
+    """Send plprune's log lines to stderr as plain text.
+
+    Only for programs of ours; a script that uses the callbacks configures logging as it likes.
+    """
+    log = logging.getLogger("plprune")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.setup"):
+        logging.getLogger(name).addFilter(_not_a_tip)
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _not_a_tip(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()

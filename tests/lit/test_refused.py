@@ -1,0 +1,259 @@
+"""What cannot run together with a cut is refused with a message, before anything long starts."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+import fitting
+import tiny
+from fitting import User, fit, hashes, prune
+from plprune.budget import Budget
+from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
+from plprune.errors import BudgetError, ConfigError, DataError, ExportError, ModelError
+from plprune.lit import guard
+from plprune.lit.model import LearningRate, LitCausalLM
+from plprune.lit.recut import adapter_for
+from plprune.methods.transact import TransAct
+from plprune.schedule import Length
+
+
+class Mine(StochasticWeightAveraging):
+    """A user's own."""
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: StochasticWeightAveraging(1e-2), "StochasticWeightAveraging"),
+        (lambda: Mine(1e-2), "StochasticWeightAveraging"),
+        (WeightAveraging, "WeightAveraging"),
+        (EMAWeightAveraging, "EMAWeightAveraging"),
+        (lambda: ModelPruning("l1_unstructured", amount=0.5), "ModelPruning"),
+    ],
+)
+def test_callbacks_that_keep_copies(make: Any, name: str) -> None:
+    module, callback = User(), make()
+    with pytest.raises(ConfigError) as caught:
+        fit(module, [prune(), callback])
+    assert str(caught.value) == (
+        f"{name} cannot run together with pruning: given {type(callback).__name__} in trainer.callbacks; allowed "
+        "callbacks that keep no copies of weights; fix: average or mask in a second fit on the exported model"
+    )
+    assert module.losses == []
+
+
+def test_other_callbacks_may_stay() -> None:
+    class Harmless(Callback):
+        """Nothing."""
+
+    fit(User(), [Harmless(), prune(), Harmless()], max_steps=9)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_strategies_that_cannot_be_cut(strategy: str) -> None:
+    settings: dict[str, Any] = {"devices": 2, "strategy": strategy}
+    if strategy == "fsdp":
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        settings["strategy"] = ModelParallelStrategy(data_parallel_size=2)
+    made = fitting.trainer([prune()], **settings)
+    with pytest.raises(ConfigError) as caught:
+        adapter_for(made.strategy)
+    assert str(caught.value) == (
+        f"this strategy cannot be cut during fit: given {type(made.strategy).__name__}; allowed SingleDeviceStrategy "
+        "(trainer.devices: 1, trainer.strategy: auto); fix: train on one device"
+    )
+
+
+def test_a_dense_run_with_the_callback_is_a_dense_run() -> None:
+    one, other = User(), User()
+    idle = Prune()
+    fit(one, [idle], max_steps=3)
+    fit(other, max_steps=3)
+    assert one.losses == other.losses
+    assert idle.progressive is None
+
+
+def test_a_model_built_twice_is_refused() -> None:
+    class Careless(User):
+        """Builds a new model whenever it is asked."""
+
+        def configure_model(self) -> None:
+            """Not idempotent."""
+            self.policy = tiny.model().train()
+
+    with pytest.raises(ConfigError, match=r"the model was built a second time: given Careless\.configure_model"):
+        fit(Careless(), [prune()])
+
+
+def test_a_model_built_in_configure_model_is_found() -> None:
+    class Lazy(User):
+        """Has no model before it is asked."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy: Any = None
+
+        def configure_model(self) -> None:
+            """As Lightning asks."""
+            if self.policy is None:
+                self.policy = tiny.model().train()
+
+    lazy, pruner = Lazy(), prune()
+    fit(lazy, [pruner])
+    assert len(hashes(pruner)) == 3
+
+
+def test_two_models_need_a_name() -> None:
+    class Teacher(User):
+        """Distillation."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = copy.deepcopy(self.policy).requires_grad_(False)
+
+    with pytest.raises(ModelError, match=r"need exactly one causal language model in Teacher: given 2"):
+        fit(Teacher(), [prune()])
+    module = Teacher()
+    fit(module, [prune(attribute="policy")])
+    assert module.policy.config.num_key_value_heads == 2
+    assert module.teacher.config.num_key_value_heads == 3
+    with pytest.raises(ModelError, match="no module under the given attribute: given student"):
+        fit(Teacher(), [prune(attribute="student")])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: Prune(TransAct()),
+            ConfigError,
+            "a pruning method without a budget: given TransAct; fix: set prune.budget",
+        ),
+        (
+            lambda: prune(commit="never"),
+            ConfigError,
+            "unknown prune.commit: given 'never'; allowed every, last, or a number >= 1",
+        ),
+        (
+            lambda: prune(commit=0),
+            ConfigError,
+            "unknown prune.commit: given 0; allowed every, last, or a number >= 1",
+        ),
+        (
+            lambda: prune(optimizer_state="drop"),
+            ConfigError,
+            "unknown prune.optimizer_state: given 'drop'; allowed slice, reset",
+        ),
+        (
+            lambda: LoRARecovery(start="never"),  # type: ignore[arg-type]
+            ConfigError,
+            "unknown lora.start: given 'never'; allowed fit, last_cut",
+        ),
+        (lambda: SizeMonitor(context=0), ConfigError, "empty monitor.context: given 0; allowed 1 or more tokens"),
+        (
+            lambda: ExportHF("x", mode="onnx"),  # type: ignore[arg-type]
+            ConfigError,
+            "unknown export.mode: given 'onnx'; allowed auto, plain, per_layer",
+        ),
+        (
+            lambda: LearningRate(peak=0.0),
+            ConfigError,
+            "impossible learning rate: given peak 0.0, warmup 0.1, floor 0.0; allowed peak > 0, warmup and floor in "
+            "[0, 1]",
+        ),
+        (
+            lambda: LitCausalLM("x", dtype="int8"),  # type: ignore[arg-type]
+            ConfigError,
+            "unknown model.dtype: given 'int8'; allowed float32, bfloat16, float16, auto",
+        ),
+    ],
+)
+def test_impossible_settings(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+def test_impossible_budgets_are_refused_before_training() -> None:
+    module = User()
+    with pytest.raises(BudgetError):
+        fit(module, [prune(budget=Budget(keep=0.01))])
+    with pytest.raises(BudgetError):
+        fit(module, [prune(budget=Budget(widths={"kv_group": 9}))])
+    assert module.losses == []
+
+
+def test_last_cut_needs_cuts() -> None:
+    for callbacks in ([LoRARecovery(start="last_cut")], [LoRARecovery(start="last_cut"), prune()]):
+        with pytest.raises(ConfigError) as caught:
+            fit(User(), callbacks)
+        assert str(caught.value) == (
+            "lora.start: last_cut without cuts: given no plprune.callbacks.Prune before this callback; fix: set "
+            "start: fit, or add Prune"
+        )
+
+
+def test_a_run_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the run has no known end: .* fix: set trainer\.max_steps or"):
+        fit(User(), [prune()], max_steps=-1, max_epochs=-1)
+
+
+def test_length_in_steps_of_an_odd_epoch() -> None:
+    found: list[Length] = []
+    probe = fitting.Probe(lambda trainer, _: found.append(guard.length_of(trainer)))
+    fit(User(), [probe], data=fitting.loader(28), accumulate_grad_batches=2, max_steps=-1, max_epochs=3)
+    assert found[0] == Length(steps=12, steps_per_epoch=4)
+
+
+@pytest.mark.parametrize("kind", ["report", "export", "lora"])
+def test_targets_that_exist_are_refused_before_training(kind: str, tmp_path: Any) -> None:
+    made = {
+        "report": lambda **more: PruneReport(str(tmp_path), **more),
+        "export": lambda **more: ExportHF(str(tmp_path), **more),
+        "lora": lambda **more: LoRARecovery({"r": 2}, adapter_dir=str(tmp_path), **more),
+    }[kind]
+    module = User()
+    with pytest.raises(ExportError, match="the target directory exists: given"):
+        fit(module, [prune(), made()])
+    assert module.losses == []
+    (tmp_path / "file").write_text("not a folder")
+    tmp_path = tmp_path / "file" / "below"
+    with pytest.raises(ExportError, match="cannot write the target directory"):
+        fit(module, [prune(), made()])
+
+
+def test_adapters_that_stay_cannot_be_exported(tmp_path: Any) -> None:
+    module = User()
+    with pytest.raises(ExportError, match=r"the model still has adapters: given lora\.merge: false; fix: set lora"):
+        fit(module, [LoRARecovery({"r": 2}, merge=False), ExportHF(str(tmp_path / "out"))])
+    assert module.losses == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Any) -> None:
+    model = tiny.model(dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    model.save_pretrained(tmp_path)
+    rows = [{"input_ids": row, "labels": row} for row in fitting.blocks(8)]
+    data = torch.utils.data.DataLoader(rows, batch_size=4)
+    with pytest.raises(ConfigError, match=r"the training loss is not finite: given nan at optimizer step 1"):
+        fit(LitCausalLM(str(tmp_path)), data=data, val=fitting.val_loader(), limit_val_batches=0)
+
+
+def test_learning_rates_per_phase_need_phases(tmp_path: Any) -> None:
+    tiny.model(dtype=torch.float32).save_pretrained(tmp_path)
+    module: LightningModule = LitCausalLM(str(tmp_path), learning_rate=LearningRate(per_phase=True))
+    with pytest.raises(ConfigError, match=r"learning_rate\.per_phase without a schedule of cuts"):
+        fit(module, val=fitting.val_loader())
+    with pytest.raises(DataError, match="no source of calibration batches"):
+        fit(module, [Prune(TransAct(), fitting.BUDGET)], val=fitting.val_loader())
