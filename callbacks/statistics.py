@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import torch
 from lightning.pytorch import Trainer
 
 from plprune.drivers.whole import Batch

@@ -102,10 +102,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 allowed=", ".join([*PlpruneCLI.subcommands(), *COMMANDS]),
                 fix="plprune --help",
             )
-    except PlpruneError as error:
-        sys.stderr.write(f"plprune: {error}\n")
+    except ValueError as error:
+        ours = _of_ours(error)
+        if ours is None:
+            raise
+        sys.stderr.write(f"plprune: {ours}\n")
         return 2
     return 0
+
+
+def _of_ours(error: BaseException | None) -> PlpruneError | None:
+    """Our error behind one of the parser's, which wraps what a constructor raises."""
+    while error is not None and not isinstance(error, PlpruneError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _lazy(name: str) -> Callable[[Sequence[str]], None]:

@@ -13,7 +13,7 @@ def set_up() -> None:
     """
     log = logging.getLogger("plprune")
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
@@ -24,6 +24,15 @@ def set_up() -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever stderr is at the time, as `print` would."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        sys.stderr.write(self.format(record) + "\n")
+        sys.stderr.flush()
 
 
 def _not_a_tip(record: logging.LogRecord) -> bool:

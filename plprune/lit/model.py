@@ -15,7 +15,7 @@ from torchmetrics.text import Perplexity
 
 from plprune.errors import ConfigError
 from plprune.lit.carry import KEY
-from plprune.lit.guard import progressive_of, require_structure
+from plprune.lit.guard import length_of, progressive_of, require_structure
 from plprune.load import load_hf
 from plprune.schedule import Phase, learning_rate
 
@@ -217,8 +217,7 @@ class LitCausalLM(LightningModule):
             )
         if self.rate.per_phase and pruner is not None:
             return cast("tuple[Phase, ...]", pruner.phases(self.trainer))
-        steps = int(self.trainer.estimated_stepping_batches)
-        return (Phase(start=0, steps=max(1, steps), peak=1.0),)
+        return (Phase(start=0, steps=length_of(self.trainer).steps, peak=1.0),)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop a run that diverged instead of training on NaN."""

@@ -1,7 +1,6 @@
 """The whole chain of `plprune fit` on a tiny model, interrupted, resumed, tested and refused."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ import torch
 import yaml
 
 import tiny
-from plprune.callbacks import LoRARecovery, Prune
 from plprune.errors import CheckpointError
-from plprune.lit import carry
 from plprune.lit.cli import PlpruneCLI, main
 from tiny_tokenizer import tiny_tokenizer
 
@@ -28,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tiny_tokenizer(folder)
     tiny.model(dtype=torch.float32, vocab_size=256).save_pretrained(folder)
-    words = [f"{a} {b} {a}{b}" for a in "the cat of a king".split() for b in "sat on mat".split()]
+    words = [f"{a} {b} {a}{b}" for a in ["the", "cat", "of", "a", "king"] for b in ["sat", "on", "mat"]]
     (folder / "text.txt").write_text(" ".join(words * 40), encoding="utf-8")
     return folder
 

@@ -13,9 +13,9 @@ from fitting import User, fit, gap, hashes, prune, weights
 from oracles import close
 from plprune.callbacks import ExportHF, LoRARecovery
 from plprune.describe import describe
-from plprune.errors import ConfigError, ExportError, StructureError
+from plprune.errors import ConfigError
 from plprune.lit import guard
-from plprune.lora import any_adapter, inject, load_adapter, merge, save_adapter
+from plprune.lora import any_adapter, load_adapter
 from plprune.surgery import apply
 from tiny_tokenizer import tiny_tokenizer
 
@@ -159,35 +159,6 @@ def _plain(model: Any) -> Any:
     return made
 
 
-def test_adapters_of_another_structure_are_refused(tmp_path: Path) -> None:
-    model = tiny.model()
-    injected = inject(model, {"r": 2})
-    save_adapter(injected, tmp_path / "a", describe(model))
-    other = tiny.model(intermediate_size=36)
-    with pytest.raises(StructureError) as caught:
-        load_adapter(other, tmp_path / "a", describe(other))
-    message = str(caught.value)
-    assert message.startswith("the adapter belongs to another structure: given structure ")
-    assert message.endswith("the model in memory; fix: load the pruned model this adapter was trained on")
-    assert not any_adapter(other)
-
-
-# --- merge and inject ----------------------------------------------------------------------------
-
-
-def test_a_merge_that_is_not_finite_is_refused_and_leaves_the_adapters() -> None:
-    model = tiny.model()
-    injected = inject(model, {"r": 2})
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.lora_B["default"].weight[3, 1] = float("inf")
-    with pytest.raises(ExportError) as caught:
-        merge(injected)
-    assert str(caught.value) == (
-        "cannot merge adapters: given NaN or infinity in model.layers.1.mlp.up_proj; allowed finite factors"
-    )
-    assert any_adapter(model)
-
-
 def test_exports_of_a_run_with_adapters_are_plain(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -200,13 +171,6 @@ def test_exports_of_a_run_with_adapters_are_plain(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, module.net.eval()(ids).logits)
     assert export.written == tmp_path / "out"
-
-
-def test_two_injections_are_refused() -> None:
-    model = tiny.model()
-    inject(model, {})
-    with pytest.raises(ConfigError, match="the model has LoRA adapters already: given two injections"):
-        inject(model, {})
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 3}, {"r": 0}, {"target_modules": ["nowhere"]}])

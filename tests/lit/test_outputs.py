@@ -15,7 +15,6 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import fitting
-import tiny
 from fitting import User, Validated, fit, hashes, linear, prune, weights
 from plprune.budget import Budget
 from plprune.callbacks import ExportHF, LoRARecovery, PruneReport, SizeMonitor
@@ -275,7 +274,7 @@ def test_ten_cuts_keep_nothing_alive(tmp_path: Path) -> None:
         assert held == {id(p) for p in module.parameters()}
         assert set(map(id, optimizer.state)) <= held
         old.extend(weakref.ref(p) for p in module.parameters())
-        if trainer.global_step in (2, 7, 12):  # a collection is slow
+        if trainer.global_step in (3, 6, 9):  # a collection is slow
             gc.collect()
             alive = [ref() for ref in old]
             assert {id(p) for p in alive if p is not None} == held, "a parameter outlived its cut"
@@ -286,5 +285,5 @@ def test_ten_cuts_keep_nothing_alive(tmp_path: Path) -> None:
     pruner = prune(linear(10, 1, 10), budget=Budget(keep=0.5, multiple_of={"mlp": 1}))
     fit(module, [pruner, fitting.Probe(look)])
     assert len(set(hashes(pruner))) == 10
-    assert counts[0][0] >= counts[1][0] == counts[2][0]
+    assert counts[0][0] >= counts[1][0] >= counts[2][0]
     assert counts[0][1] > counts[1][1] > counts[2][1]

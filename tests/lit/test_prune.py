@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Trainer
 
 import fitting

@@ -1,0 +1,59 @@
+"""`plprune report`: pages again from their JSON, for example after an update of the templates."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from plprune.errors import ExportError
+from plprune.lit.messages import Parser
+
+
+def run(args: Sequence[str]) -> None:
+    """Write report.html, report.md and report.json.
+
+    Args:
+        args: command line after `report`.
+
+    Raises:
+        ExportError: if the file is no report, or the target cannot be written.
+    """
+    from plprune.report import Report
+    from plprune.report_html import write
+
+    given = _parser().parse_args(list(args))
+    source = Path(given.report).expanduser()
+    source = source / "report.json" if source.is_dir() else source
+    try:
+        data = json.loads(source.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            "cannot read the report",
+            given=f"{source} ({error})",
+            allowed="a report.json that plprune wrote, or its folder",
+            fix="check the path",
+        ) from error
+    if not isinstance(data, dict):
+        raise ExportError(
+            "not a report", given=f"{source} with a {type(data).__name__}", allowed="a JSON object"
+        )
+    target = source.parent if given.out is None else Path(given.out).expanduser()
+    written = write(Report.from_json(data), target, overwrite=given.overwrite)
+    sys.stdout.write(f"report: {written / 'report.html'}\n")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="plprune report",
+        description="Write report.html and report.md again from a report.json.",
+    )
+    parser.add_argument("report", metavar="REPORT", help="report.json, or the folder it is in")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write; default the folder of the report"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the report that is there already"
+    )
+    return parser

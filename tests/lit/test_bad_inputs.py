@@ -1,0 +1,319 @@
+"""Bad inputs of a `plprune fit`: one message that says what was given, exit status 2, nothing written."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import tiny
+from plprune.lit.cli import main
+from tiny_tokenizer import tiny_tokenizer
+
+OUTPUTS = ("report", "model", "adapter", "ckpt")
+
+
+@dataclass(kw_only=True)
+class Case:
+    """One way to get it wrong."""
+
+    message: str
+    """Must be part of what the user reads."""
+    keys: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys that change the good config."""
+    spoil: Callable[[Path], None] | None = None
+    """Damages the copy of the base folder, or puts something in the way below it."""
+    more: tuple[str, ...] = ()
+    """More command-line arguments."""
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good model with tokenizer and text."""
+    folder = tmp_path_factory.mktemp("dense")
+    tiny_tokenizer(folder)
+    tiny.model(dtype=torch.float32, vocab_size=256).save_pretrained(folder)
+    words = [
+        f"{a} {b} {a}{b}" for a in ["the", "cat", "of", "a", "king"] for b in ["sat", "on", "mat"]
+    ]
+    (folder / "text.txt").write_text(" ".join(words * 40), encoding="utf-8")
+    return folder
+
+
+def good(base: Path) -> dict[str, Any]:
+    """A config that works."""
+    return {
+        "seed_everything": 1,
+        "model": {"pretrained": str(base)},
+        "data": {
+            "train": str(base / "text.txt"),
+            "tokenizer": str(base),
+            "seq_len": 16,
+            "batch_size": 2,
+            "calibration_samples": 4,
+            "max_train_tokens": 400,
+        },
+        "prune": {
+            "method": {"class_path": "plprune.methods.transact.TransAct"},
+            "budget": {"keep": 0.7, "multiple_of": {"mlp": 4}},
+            "schedule": {"class_path": "plprune.schedule.OneShot"},
+        },
+        "report": {"directory": str(base / "report"), "measure_speed": False, "prompts": []},
+        "export": {"directory": str(base / "model")},
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(base.parent / "root"),
+        },
+    }
+
+
+def put(config: dict[str, Any], key: str, value: Any, base: Path) -> None:
+    """Set a dotted key; `BASE` in strings is the folder of the run."""
+    *path, last = key.split(".")
+    for name in path:
+        config = config.setdefault(name, {})
+    config[last] = value.replace("BASE", str(base)) if isinstance(value, str) else value
+
+
+def gpt2(base: Path) -> None:
+    """A model nobody described."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=256)).save_pretrained(
+        base
+    )
+
+
+def with_nan(base: Path) -> None:
+    """Put one NaN into a weight."""
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def truncated(name: str) -> Callable[[Path], None]:
+    """Cut the second half of a file off."""
+
+    def spoil(base: Path) -> None:
+        data = (base / name).read_bytes()
+        (base / name).write_bytes(data[: len(data) // 2])
+
+    return spoil
+
+
+def removed(*names: str) -> Callable[[Path], None]:
+    """Remove files."""
+    return lambda base: [(base / name).unlink(missing_ok=True) for name in names] and None
+
+
+def pickled(base: Path) -> None:
+    """Weights that only unpickling could load."""
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    """A file beside the model."""
+    return lambda base: (base / name).write_text(content, encoding="utf-8") and None
+
+
+def folder(name: str) -> Callable[[Path], None]:
+    """A folder in the way, with somebody's file in it."""
+
+    def spoil(base: Path) -> None:
+        (base / name).mkdir()
+        (base / name / "precious").write_text("mine", encoding="utf-8")
+
+    return spoil
+
+
+LINEAR = "plprune.schedule.Linear"
+CASES = {
+    "unknown family": Case(
+        message="unknown architecture: given model_type 'gpt2'; allowed llama, mistral", spoil=gpt2
+    ),
+    "missing model": Case(message="missing-model", keys={"model.pretrained": "BASE/missing-model"}),
+    "model without config": Case(message="config.json", spoil=removed("config.json")),
+    "truncated safetensors": Case(
+        message="model.safetensors", spoil=truncated("model.safetensors")
+    ),
+    "missing weights": Case(message="safetensors", spoil=removed("model.safetensors")),
+    "pickled weights": Case(message="pytorch_model.bin", spoil=pickled),
+    "missing tokenizer": Case(
+        message="tokenizer",
+        spoil=removed("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    ),
+    "unknown dtype": Case(message="float8", keys={"model.dtype": "float8"}),
+    "NaN statistics": Case(
+        message="statistics are not finite", spoil=with_nan, keys={"report": None}
+    ),
+    "keep above one": Case(
+        message="budget.keep out of range: given 1.5", keys={"prune.budget.keep": 1.5}
+    ),
+    "keep zero": Case(
+        message="budget.keep out of range: given 0.0", keys={"prune.budget.keep": 0.0}
+    ),
+    "keep NaN": Case(
+        message="budget.keep out of range: given nan", keys={"prune.budget.keep": float("nan")}
+    ),
+    "unknown quantity": Case(message="latency", keys={"prune.budget.of": "latency"}),
+    "unknown base": Case(message="embeddings", keys={"prune.budget.base": "embeddings"}),
+    "empty budget": Case(message="empty budget", keys={"prune.budget": {"of": "params"}}),
+    "method without budget": Case(message="without a budget", keys={"prune.budget": None}),
+    "impossible budget": Case(
+        message="no widths meet the budget", keys={"prune.budget.keep": 0.01}
+    ),
+    "more groups than there are": Case(
+        message="kv_group width 9 requested for block 0: given 9; allowed 1..3",
+        keys={"prune.budget.widths": {"kv_group": 9}},
+    ),
+    "no group left": Case(
+        message="kv_group too small", keys={"prune.budget.widths": {"kv_group": 0}}
+    ),
+    "unknown axis": Case(message="unknown axis kind", keys={"prune.budget.widths": {"heads": 2}}),
+    "widths for other blocks": Case(
+        message="wrong length: given 3 numbers", keys={"prune.budget.widths": {"mlp": [8, 8, 8]}}
+    ),
+    "widths above the budget": Case(
+        message="the stated widths exceed the budget",
+        keys={"prune.budget.widths": {"kv_group": 3, "mlp": 40}, "prune.budget.keep": 0.5},
+    ),
+    "nothing to cut": Case(
+        message="nothing to cut",
+        keys={"prune.method.init_args": {"attention": "none", "mlp": False}},
+    ),
+    "unknown score": Case(
+        message="head_score", keys={"prune.method.init_args": {"head_score": "l1"}}
+    ),
+    "cut after the end": Case(
+        message="lies outside the run", keys={"prune.schedule.init_args": {"at": 40}}
+    ),
+    "two cuts on a step": Case(
+        message="two cuts fall on one optimizer step",
+        keys={"prune.schedule": {"class_path": LINEAR, "init_args": {"cuts": 9}}},
+    ),
+    "end before begin": Case(
+        message="impossible schedule",
+        keys={"prune.schedule": {"class_path": LINEAR, "init_args": {"begin": 0.5, "end": 0.1}}},
+    ),
+    "unknown unit": Case(message="tokens", keys={"prune.schedule.init_args": {"unit": "tokens"}}),
+    "unknown commit": Case(message="commit", keys={"prune.commit": "sometimes"}),
+    "unknown statistics": Case(
+        message="gradients", keys={"prune.statistics": {"source": "gradients"}}
+    ),
+    "empty calibration set": Case(message="calibration", keys={"data.calibration_samples": 0}),
+    "too much calibration": Case(message="calibration", keys={"data.calibration_samples": 4000}),
+    "missing text": Case(message="missing.txt", keys={"data.train": "BASE/missing.txt"}),
+    "text too short": Case(message="block", spoil=text("text.txt", "a cat")),
+    "unknown kind of text": Case(
+        message="text.csv", spoil=text("text.csv", "a,b"), keys={"data.train": "BASE/text.csv"}
+    ),
+    "jsonl without the field": Case(
+        message="body",
+        spoil=text("t.jsonl", '{"body": "a cat"}\n'),
+        keys={"data.train": "BASE/t.jsonl"},
+    ),
+    "empty sequences": Case(message="seq_len", keys={"data.seq_len": 1}),
+    "negative learning rate": Case(
+        message="impossible learning rate", keys={"model.learning_rate": {"peak": -1.0}}
+    ),
+    "no end": Case(
+        message="no known end", keys={"trainer.max_steps": -1, "trainer.max_epochs": -1}
+    ),
+    "averaged weights": Case(
+        message="StochasticWeightAveraging cannot run together with pruning",
+        keys={
+            "trainer.callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging",
+                    "init_args": {"swa_lrs": 0.01},
+                }
+            ]
+        },
+    ),
+    "strategy": Case(
+        message="this strategy cannot be cut during fit: given DDPStrategy",
+        keys={"trainer.strategy": "ddp", "trainer.devices": 1},
+    ),
+    "unknown LoRA argument": Case(message="rnak", keys={"lora": {"config": {"rnak": 4}}}),
+    "LoRA after no cut": Case(
+        message="last_cut without cuts", keys={"lora": {"start": "last_cut"}, "prune.method": None}
+    ),
+    "model directory exists": Case(message="the target directory exists", spoil=folder("model")),
+    "report directory exists": Case(message="the target directory exists", spoil=folder("report")),
+    "parent is a file": Case(
+        message="cannot write the target directory",
+        keys={"export.directory": "BASE/text.txt/model"},
+    ),
+    "unknown export mode": Case(message="onnx", keys={"export.mode": "onnx"}),
+    "checkpoint missing": Case(message="none.ckpt", more=("--ckpt_path", "BASE/none.ckpt")),
+    "checkpoint damaged": Case(
+        message="bad.ckpt",
+        spoil=text("bad.ckpt", "not a checkpoint"),
+        more=("--ckpt_path", "BASE/bad.ckpt"),
+    ),
+    "typo in a key": Case(message="budgte", keys={"prune.budgte": {"keep": 0.5}}),
+    "class that does not exist": Case(
+        message="TransAkt", keys={"prune.method.class_path": "plprune.methods.transact.TransAkt"}
+    ),
+}
+
+
+def attempt(dense: Path, where: Path, case: Case) -> tuple[int | str | None, dict[str, bytes]]:
+    """Run a spoiled copy; the exit status and the files that were there before."""
+    base = where / "base"
+    shutil.copytree(dense, base)
+    if case.spoil is not None:
+        case.spoil(base)
+    config = copy.deepcopy(good(base))
+    for key, value in case.keys.items():
+        put(config, key, value, base)
+    file = where / "run.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    before = {str(p.relative_to(base)): p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    arguments = [argument.replace("BASE", str(base)) for argument in case.more]
+    try:
+        status: int | str | None = main(["fit", "--config", str(file), *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        # Lightning starts the group of a distributed strategy before any callback can object.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return status, before
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_refused(dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str):
+    case = CASES[name]
+    status, before = attempt(dense, tmp_path, case)
+    said = capfd.readouterr().err
+    assert status == 2, said
+    assert case.message in said
+    assert "Traceback" not in said
+    base = tmp_path / "base"
+    after = {str(p.relative_to(base)): p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    assert after == before, "something was written or changed"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_good_config_runs(dense: Path, tmp_path: Path):
+    """Control: what the cases spoil works, and writes what they must not."""
+    status, before = attempt(dense, tmp_path, Case(message=""))
+    assert status == 0
+    written = {p.name for p in (tmp_path / "base").iterdir()} - {Path(n).parts[0] for n in before}
+    assert written == {"report", "model"}
