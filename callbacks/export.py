@@ -41,7 +41,8 @@ class ExportHF(Callback):
 
         Args:
             directory: where to write.
-            mode: stock class (`plain`), own short modeling file (`per_layer`), or whichever fits (`auto`).
+            mode: stock class (`plain`), own short modeling file (`per_layer`), or whichever fits
+                (`auto`).
             dtype: of the saved weights; default the model's.
             tokenizer: directory or hub id; default the data module's, else the base model's.
             overwrite: replace an existing directory.

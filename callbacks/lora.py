@@ -36,11 +36,13 @@ class LoRARecovery(Callback):
         """Set up; adapters are injected in `setup` or after the last cut.
 
         Args:
-            config: arguments of `peft.LoraConfig`; default r 16, alpha 32, all linears of the blocks.
-            start: `fit` trains adapters between cuts too (they are cut with the base), `last_cut` trains all
-                weights until the last cut and adapters afterwards.
+            config: arguments of `peft.LoraConfig`; default r 16, alpha 32, all linears of the
+                blocks.
+            start: `fit` trains adapters between cuts too (they are cut with the base), `last_cut`
+                trains all weights until the last cut and adapters afterwards.
             merge: fold the adapters into the weights at the end.
-            adapter_dir: also write the adapters there (before merging), with the hash of their structure.
+            adapter_dir: also write the adapters there (before merging), with the hash of their
+                structure.
             overwrite: replace an existing `adapter_dir`.
             attribute: where the language model hangs in the module; default the only one in it.
 

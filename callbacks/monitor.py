@@ -18,8 +18,8 @@ from plprune.unwrap import find_model, unwrap
 class SizeMonitor(Callback):
     """Log ratios to the dense model through `pl_module.log`, counted from tensors.
 
-    Logged under `plprune/`: the share of parameters left of the prunable linears, the blocks and the whole model,
-    non-embedding parameters, FLOPs a token, KV-cache bytes a token.
+    Logged under `plprune/`: the share of parameters left of the prunable linears, the blocks and
+    the whole model, non-embedding parameters, FLOPs a token, KV-cache bytes a token.
     """
 
     def __init__(self, *, context: int = 2048, attribute: str | None = None) -> None:
@@ -43,7 +43,7 @@ class SizeMonitor(Callback):
         self._seen: tuple[str, int] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Count the dense model; the same model in a later `fit` is compared to what it was in the first."""
+        """Count the dense model, once: a later `fit` of the same model compares to the first."""
         if stage != "fit":
             return
         guard.ensure_model(pl_module)

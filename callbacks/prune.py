@@ -1,4 +1,4 @@
-"""Prune while training: observe, plan, mask, commit, at optimizer-step boundaries of a running `fit`."""
+"""Prune while training: observe, plan, mask, commit, between two optimizer steps of a `fit`."""
 
 from __future__ import annotations
 
@@ -46,14 +46,17 @@ class Prune(Callback):
         """Set up; nothing is touched before `fit`.
 
         Args:
-            method: decides what goes; None leaves the model alone (a dense run with the same recipe).
+            method: decides what goes; None leaves the model alone (a dense run with the same
+                recipe).
             budget: how much stays at the end.
             schedule: when to cut; default one cut before the first step.
-            commit: make tensors smaller at `every` cut, only at the `last`, or at every N-th and the last;
-                in between units are masked, with equal losses.
-            optimizer_state: `slice` keeps the moments of what stays, `reset` drops all state at each commit.
+            commit: make tensors smaller at `every` cut, only at the `last`, or at every N-th and
+                the last; in between units are masked, with equal losses.
+            optimizer_state: `slice` keeps the moments of what stays, `reset` drops all state at
+                each commit.
             statistics: what the method looks at; default a fresh calibration draw at each cut.
-            attribute: where the language model hangs in the module; default the only Hugging Face model in it.
+            attribute: where the language model hangs in the module; default the only Hugging Face
+                model in it.
 
         Raises:
             ConfigError: for a method without budget or an unknown choice.
@@ -120,7 +123,8 @@ class Prune(Callback):
             self.cuts, self._length = (), None
 
     def _check_budget(self, progressive: Progressive) -> None:
-        assert self.method is not None and self.budget is not None, "checked in __init__"
+        assert self.method is not None, "checked by the caller"
+        assert self.budget is not None, "checked in __init__"
         if progressive.done == 0:
             self.method.widths(progressive.dense, self.budget)
 
@@ -140,7 +144,8 @@ class Prune(Callback):
             Cuts in order.
         """
         if not self.cuts:
-            assert self.method is not None and self.budget is not None, "checked in __init__"
+            assert self.method is not None, "checked by the caller"
+            assert self.budget is not None, "checked in __init__"
             dense = self._describe(pl_module).dense
             self.cuts = planned.cuts(
                 dense, self.method, self.budget, self.schedule, self.length(trainer)
@@ -154,7 +159,7 @@ class Prune(Callback):
         return self._length
 
     def phases(self, trainer: Trainer) -> tuple[Phase, ...]:
-        """Stretches of training between cuts, for learning rates that restart; one for a dense run."""
+        """Stretches between cuts, for learning rates that restart; one for a dense run."""
         length = self.length(trainer)
         if self.method is None:
             return (Phase(start=0, steps=length.steps, peak=1.0),)
@@ -191,12 +196,13 @@ class Prune(Callback):
             self._before_validation = guard.RandomState.now()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the random state back: a resumed run does not repeat a validation, so it must leave no trace."""
+        """Put the random state back: a resumed run does not repeat this validation."""
         if self._before_validation is not None and not trainer.sanity_checking:
             self._before_validation.restore()
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # global_step moves when an optimizer step is done, so the first batch end that shows it is a boundary.
+        # global_step moves when an optimizer step is done, so the first batch end that shows it is
+        # a boundary.
         progressive = self._describe(pl_module)
         while (
             progressive.done < len(self.cuts)

@@ -50,8 +50,9 @@ class PruneReport(Callback):
         Args:
             directory: where to write.
             prompts: for greedy samples before and after; default three short ones, empty for none.
-            measure_speed: measure prefill and decode of dense and pruned model side by side at the end; needs a
-                module that knows its base model (`pretrained`), which is loaded once more.
+            measure_speed: measure prefill and decode of dense and pruned model side by side at the
+                end; needs a module that knows its base model (`pretrained`), which is loaded once
+                more.
             context: tokens attended to, for FLOPs.
             overwrite: replace an existing report.
             attribute: where the language model hangs in the module; default the only one in it.
@@ -192,7 +193,7 @@ class PruneReport(Callback):
             parameter.device
         )
         log.info("measuring speed, dense and pruned side by side")
-        return measured.speed_pairs(speed(dense, plain, prompt_len=256, rounds=3))
+        return measured.speed_pairs(speed(dense, plain, prompt_len=128, rounds=3))
 
     def _load(self, state: dict[str, Any] | None) -> None:
         if state is not None:

@@ -20,11 +20,13 @@ class Statistics:
     """Source of the activations a method scores."""
 
     source: Source = "fresh"
-    """A `fresh` seeded calibration draw at each cut, the same `fixed` one, or the `training` passes before the cut."""
+    """A `fresh` seeded calibration draw at each cut, the same `fixed` one, or the `training` passes
+    before the cut."""
     window: int = 8
     """For `training`: optimizer steps before a cut whose forward passes are observed."""
     batches: Iterable[Any] | None = None
-    """Calibration batches for a script without a plprune data module: dicts with input_ids [B, T]."""
+    """Calibration batches for a script without a plprune data module: dicts with input_ids [B,
+    T]."""
     probe: Batch = field(default_factory=dict, init=False, repr=False)
     """One small batch on which a commit is checked."""
 
@@ -62,8 +64,8 @@ class Statistics:
             raise DataError(
                 "no source of calibration batches",
                 given=f"data module {type(getattr(trainer, 'datamodule', None)).__name__}",
-                allowed="a data module with calibration_batches(step, fixed), or Statistics(batches=[...])",
-                fix="use plprune.lit.data.LitTokens, pass batches, or set statistics.source: training",
+                allowed="a data module with calibration_batches(step, fixed), or batches",
+                fix="use LitTokens, pass Statistics(batches=[...]), or set source: training",
             )
 
     def batches_for(self, trainer: Trainer, cut: int) -> Sequence[Batch]:

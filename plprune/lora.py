@@ -214,7 +214,8 @@ def load_adapter(model: nn.Module, directory: Path, spec: Spec) -> Injected:
             fix="load the pruned model this adapter was trained on",
         )
     keep = (
-        *("r", "lora_alpha", "lora_dropout", "bias", "use_dora", "use_rslora", "target_modules"),
+        *("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "use_dora", "use_rslora"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
     )
     injected = inject(model, {key: config[key] for key in keep if config.get(key) is not None})

@@ -1,8 +1,8 @@
 """A user's own LightningModule and short runs around it, for the tests of pruning inside `fit`.
 
-    module = User(dtype=torch.float64)
-    fit(module, [prune()])
-    module.losses        # of every micro-batch
+module = User(dtype=torch.float64)
+fit(module, [prune()])
+module.losses        # of every micro-batch
 """
 
 from __future__ import annotations

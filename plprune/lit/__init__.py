@@ -1,1 +1,1 @@
-"""Everything that knows Lightning: module, data, command line, and putting a run back together after a cut."""
+"""Everything that knows Lightning: module, data, command line, and going on after a cut."""

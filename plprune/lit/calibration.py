@@ -43,7 +43,8 @@ def batches_of(
     if not batches or not all("input_ids" in batch for batch in batches):
         raise DataError(
             "no calibration batches",
-            given=f"{len(batches)} batches from {'the callback' if given is not None else 'the data module'}",
+            given=f"{len(batches)} batches from the "
+            f"{'callback' if given is not None else 'data module'}",
             allowed="dicts with input_ids [B, T]",
             fix="use plprune.lit.data.LitTokens, or pass Statistics(batches=[...]) to Prune",
         )
@@ -56,10 +57,11 @@ def has_source(trainer: Trainer) -> bool:
 
 
 def shown(trainer: Trainer, title: str) -> Progress:
-    """A progress display for a loop of known length: a rich bar in a terminal, plain lines in a log.
+    """Show the progress of a loop of known length: a bar in a terminal, plain lines in a log.
 
     Args:
-        trainer: only rank 0 shows anything, and nothing with `enable_progress_bar: false` but log lines.
+        trainer: only rank 0 shows anything, and nothing with `enable_progress_bar: false` but log
+            lines.
         title: what is going on.
 
     Returns:

@@ -1,7 +1,8 @@
-"""Structure travels with the weights: what plprune adds to a checkpoint, and reading it before weights load.
+"""Structure travels with the weights: what plprune adds to a checkpoint, read before they load.
 
-Lightning hands callbacks their state after the weights, too late for a model of another size. Two things reach every
-checkpoint of a single file: the strategy's checkpoint IO (every save goes through it) and the module's
+Lightning hands callbacks their state after the weights, too late for a model of another size. Two
+things reach every checkpoint of a single file: the strategy's checkpoint IO (every save goes
+through it) and the module's
 `on_load_checkpoint` (runs right before the weights load, before optimizers exist).
 """
 
@@ -31,20 +32,21 @@ Load = Callable[[dict[str, Any] | None], None]
 
 
 class CarryIO(_WrappingCheckpointIO):
-    """Adds every registered part to each checkpoint and writes the structure beside it as readable JSON."""
+    """Adds every registered part to each checkpoint and a readable structure beside it."""
 
     def __init__(self, inner: CheckpointIO) -> None:
         """Wrap the strategy's own IO."""
         super().__init__(inner)
+        self.inner = inner
         self.parts: dict[str, tuple[Save, Load]] = {}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Save through the wrapped IO, then the sidecar; both appear under their name only when complete."""
+        """Save through the wrapped IO, then the sidecar; each appears only when it is complete."""
         checkpoint[KEY] = {key: save() for key, (save, _) in self.parts.items()}
-        with _complete(path, type(self.checkpoint_io) is TorchCheckpointIO) as target:
-            self.checkpoint_io.save_checkpoint(checkpoint, target, storage_options=storage_options)
+        with _complete(path, type(self.inner) is TorchCheckpointIO) as target:
+            self.inner.save_checkpoint(checkpoint, target, storage_options=storage_options)
         structure = checkpoint[KEY].get("prune", {}).get("structure")
         if structure is not None and "://" not in str(path):
             write_atomic(Path(f"{path}{SIDECAR}"), json.dumps(structure, indent=1))
@@ -53,13 +55,13 @@ class CarryIO(_WrappingCheckpointIO):
         """Load through the wrapped IO, with a message for a file that is damaged or missing."""
         require_readable(path)
         try:
-            return self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
+            return self.inner.load_checkpoint(path, *args, **kwargs)
         except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise _damaged(path, str(error).partition("\n")[0]) from error
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove the checkpoint and its sidecar."""
-        self.checkpoint_io.remove_checkpoint(path)
+        self.inner.remove_checkpoint(path)
         Path(f"{path}{SIDECAR}").unlink(missing_ok=True)
 
 
@@ -71,8 +73,8 @@ def carry(trainer: Trainer, module: LightningModule, key: str, save: Save, load:
         module: its `on_load_checkpoint` is wrapped once.
         key: name of the part.
         save: returns plain values and tensors (checkpoints load with `weights_only=True`).
-        load: called before weights load, with what `save` returned or None if the checkpoint has no such part;
-            parts load in the order they were registered.
+        load: called before weights load, with what `save` returned or None if the checkpoint has no
+            such part; parts load in the order they were registered.
     """
     checkpoint_io = trainer.strategy.checkpoint_io
     if not isinstance(checkpoint_io, CarryIO):
@@ -81,13 +83,14 @@ def carry(trainer: Trainer, module: LightningModule, key: str, save: Save, load:
     checkpoint_io.parts[key] = (save, load)
     own = module.__dict__.get("on_load_checkpoint")
     if not _wrapped(own):
-        # An instance attribute, because this is the only hook of a user's module that runs before its weights load.
+        # An instance attribute, because this is the only hook of a user's module that runs before
+        # its weights load.
         hook = partial(_load_parts, checkpoint_io, module, own)
         object.__setattr__(module, "on_load_checkpoint", hook)
 
 
 def release(module: LightningModule) -> None:
-    """Give the module its own `on_load_checkpoint` back; checkpoints saved later still carry the parts.
+    """Give the module its own `on_load_checkpoint` back; later checkpoints still carry the parts.
 
     Args:
         module: it was wrapped by `carry`, or not.
@@ -132,9 +135,7 @@ def require_readable(path: Any) -> None:
     if "://" in str(path) or file.is_dir():
         return
     if not file.exists():
-        raise CheckpointError(
-            "there is no such checkpoint", given=str(path), fix="check ckpt_path"
-        )
+        raise CheckpointError("there is no such checkpoint", given=str(path), fix="check ckpt_path")
     if not zipfile.is_zipfile(file):
         raise _damaged(path, f"{file.stat().st_size} bytes without an end")
 
@@ -150,9 +151,10 @@ def _damaged(path: Any, why: str) -> CheckpointError:
 
 @contextmanager
 def _complete(path: Any, plain: bool) -> Iterator[Any]:
-    """A name to write to that becomes `path` at the end, so that a killed process leaves no half a file.
+    """A name to write to that becomes `path` at the end: a killed process leaves no half a file.
 
-    Lightning writes to the system's temporary folder and moves; between file systems that is a copy.
+    Lightning writes to the system's temporary folder and moves; between file systems that is a
+    copy.
     """
     if not plain or "://" in str(path):
         yield path

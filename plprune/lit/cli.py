@@ -15,6 +15,7 @@ from plprune.errors import ConfigError, PlpruneError
 from plprune.lit import logs
 from plprune.lit.carry import require_readable
 from plprune.lit.data import LitTokens
+from plprune.lit.messages import is_refused_value, known_keys, readable
 from plprune.lit.model import LitCausalLM
 
 _PARTS: tuple[tuple[str, type], ...] = (
@@ -58,10 +59,34 @@ class PlpruneCLI(LightningCLI):
             parser.callback_keys.append(key)
 
     def _parse_ckpt_path(self) -> None:
-        """Check the checkpoint first; it holds no hyperparameters that could override the config."""
+        """Check the checkpoint first; it holds no values that could override the config."""
         path = self.config.get(self.config.get("subcommand") or "", {}).get("ckpt_path")
         if path and path not in ("best", "last", "hpc") and not path.startswith("registry"):
             require_readable(path)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; what the parser refuses is said in one message."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            name = next((a for a in args or sys.argv[1:] if a in self.subcommands()), None)
+            keys = known_keys(self._parser(name))
+            raise readable(error, name or "fit", keys) from error
+
+    def instantiate_classes(self) -> None:
+        """Make the objects; an error of a nested one is said in its own words."""
+        try:
+            self.build()
+        except PlpruneError:
+            raise
+        except (ValueError, argparse.ArgumentError) as error:
+            if isinstance(error, argparse.ArgumentError) or is_refused_value(error):
+                raise readable(error, self.subcommand or "fit") from error
+            raise
+
+    def build(self) -> None:
+        """Make model, data and trainer."""
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put the callbacks of the keys that are set before the user's own."""
@@ -94,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not args or args[0] in ("-h", "--help"):
             sys.stdout.write(USAGE)
         elif args[0] in PlpruneCLI.subcommands() or args[0].startswith("-"):
-            PlpruneCLI(args)
+            PlpruneCLI(args if argv is not None else None)
         else:
             raise ConfigError(
                 "unknown command",

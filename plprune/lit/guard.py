@@ -94,7 +94,8 @@ def refuse_dora(model: nn.Module) -> None:
         raise ConfigError(
             "DoRA adapters cannot train on masked units",
             given="use_dora: true, and cuts that are only masked",
-            allowed="smaller tensors at every cut: the scale of DoRA is a norm over all columns, masked or not",
+            allowed="smaller tensors at every cut: DoRA scales by a norm over all columns, "
+                "masked or not",
             fix="set prune.commit: every",
         )
 
@@ -186,7 +187,7 @@ class RandomState:
 
 
 def progressive_of(trainer: Trainer) -> Any:
-    """Pruning state of a run (`plprune.drivers.progressive.Progressive`), or None without a pruning callback."""
+    """Pruning state of a run (a `Progressive`), or None without a pruning callback."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next(
         (c.progressive for c in callbacks if getattr(c, "progressive", None) is not None), None

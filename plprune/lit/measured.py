@@ -157,7 +157,7 @@ def cut_records(progressive: Progressive, seconds: float | None) -> tuple[CutRec
 
 
 def speed_pairs(result: SpeedResult) -> tuple[SpeedPair, ...]:
-    """Medians of a side-by-side speed measurement; the second model is scaled by the median ratio of rounds."""
+    """Medians of a side-by-side measurement; the second model by the median ratio of rounds."""
     pairs = []
     for batch, dense in result.prefill_a.items():
         base = _median(dense)

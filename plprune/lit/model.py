@@ -33,7 +33,8 @@ class LearningRate:
     floor: float = 0.0
     """The cosine ends at this share of the peak."""
     per_phase: bool = False
-    """Start over after every cut, with the peaks of the schedule's phases (TransAct); default one curve."""
+    """Start over after every cut, with the peaks of the schedule's phases (TransAct); default one
+    curve."""
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -69,7 +70,8 @@ class LitCausalLM(LightningModule):
         Args:
             pretrained: directory or hub id of the base model.
             learning_rate: schedule of the learning rate.
-            optimizer: class and arguments; default AdamW with betas (0.9, 0.95) and no weight decay.
+            optimizer: class and arguments; default AdamW with betas (0.9, 0.95) and no weight
+                decay.
             dtype: of the weights; with `bf16-true` precision Lightning casts them anyway.
             attn_implementation: as in transformers.
             gradient_checkpointing: trade compute for activation memory.
@@ -84,7 +86,8 @@ class LitCausalLM(LightningModule):
             raise ConfigError(
                 "unknown model.dtype", given=repr(dtype), allowed=", ".join(get_args(Dtype))
             )
-        # No save_hyperparameters: the command line would let a checkpoint's values override the config it is given.
+        # No save_hyperparameters: the command line would let a checkpoint's values override the
+        # config it is given.
         self.pretrained, self.dtype_name, self.attn_implementation = (
             pretrained,
             dtype,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class SingleDevice:
     def recut(
         self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool
     ) -> Applied:
-        """Commit a cut; learning rates and schedulers keep referring to the same optimizer groups."""
+        """Commit a cut; learning rates and schedules keep their optimizer groups."""
         applied = commit(model, spec, lowered)
         for optimizer in trainer.strategy.optimizers:
             slice_optimizer(optimizer, applied.swaps, reset=reset)
@@ -84,7 +85,8 @@ def recut(
         Spec after the cut and the replaced parameters.
 
     Raises:
-        PlanError: if the optimizer's state cannot be cut (nothing is changed then), or a post-condition fails.
+        PlanError: if the optimizer's state cannot be cut (nothing is changed then), or a
+            post-condition fails.
     """
     adapter = adapter_for(trainer.strategy)
     optimizers = trainer.strategy.optimizers
@@ -106,7 +108,7 @@ def recut(
             given=str(after),
             allowed=str(before),
         )
-    assert_consistent(cast(LightningModule, trainer.lightning_module), trainer.strategy.optimizers)
+    assert_consistent(trainer.lightning_module, trainer.strategy.optimizers)
     assert_shapes(model, applied.spec)
     return applied
 
@@ -122,7 +124,7 @@ def _require_sliceable(
 
 
 def assert_consistent(module: nn.Module, optimizers: list[Any]) -> None:
-    """Every trainable parameter is in exactly one optimizer group, with state of its own shape, and nothing else is.
+    """Every trainable parameter, and nothing else, is in one group, with state of its own shape.
 
     Args:
         module: what the trainer trains.
@@ -154,7 +156,8 @@ def assert_consistent(module: nn.Module, optimizers: list[Any]) -> None:
     if wrong or stale or crooked:
         raise PlanError(
             "the optimizer does not match the model",
-            given=f"{len(wrong)} trainable parameters not in exactly one group ({', '.join(wrong[:3])}), "
+            given=f"{len(wrong)} trainable parameters not in exactly one group "
+            f"({', '.join(wrong[:3])}), "
             f"{len(stale)} stale parameters, {len(crooked)} states of another shape",
             allowed="every trainable parameter once",
             fix="let configure_optimizers pass each trainable parameter to exactly one group",
@@ -183,8 +186,8 @@ def assert_shapes(model: nn.Module, spec: Spec) -> None:
 def rebuild_optimizers(trainer: Trainer) -> None:
     """Make optimizers and schedulers again after the set of trainable parameters changed.
 
-    State of parameters that stay trainable is kept, and so are learning rates (of optimizers with as many groups as
-    before) and scheduler positions.
+    State of parameters that stay trainable is kept, and so are learning rates (of optimizers with
+    as many groups as before) and scheduler positions.
 
     Args:
         trainer: running on one device.
@@ -207,6 +210,6 @@ def rebuild_optimizers(trainer: Trainer) -> None:
             _set_rates(optimizer, before)
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+def _set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float | Tensor]) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

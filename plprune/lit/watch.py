@@ -1,4 +1,4 @@
-"""Statistics from the ordinary training passes before a cut, instead of extra calibration passes."""
+"""Statistics from the training passes before a cut, instead of extra calibration passes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Watch:
         self.probe = {key: batch[key][:1].detach() for key in MODEL_KEYS if key in batch}
 
     def pause(self) -> None:
-        """Stop counting until the next training pass: validation and recomputed passes are not statistics."""
+        """Stop counting until the next training pass: validation and recomputation do not count."""
         if self._seen is not None:
             self._seen.active = False
 
@@ -107,9 +107,7 @@ class Watch:
         self._restored = state
 
 
-def _unpacked(
-    state: list[dict[str, Any]], taps: Sequence[Tap], device: torch.device
-) -> StatMap:
+def _unpacked(state: list[dict[str, Any]], taps: Sequence[Tap], device: torch.device) -> StatMap:
     known = {(tap.module, tap.stat.__name__): tap for tap in taps}
     stats: StatMap = {}
     for entry in state:

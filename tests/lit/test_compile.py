@@ -63,11 +63,15 @@ def test_the_module_compiles_its_model(tmp_path: Path, monkeypatch: pytest.Monke
         module = LitCausalLM(
             str(tmp_path), compile=compiled, learning_rate=LearningRate(peak=1e-2), dtype="float32"
         )
-        losses = fitting.Probe(lambda trainer, module: float(trainer.callback_metrics.get("train_loss", 0)))
+        losses = fitting.Probe(
+            lambda trainer, module: float(trainer.callback_metrics.get("train_loss", 0))
+        )
         data = torch.utils.data.DataLoader(
             [{"input_ids": row, "labels": row} for row in fitting.blocks(32)], batch_size=4
         )
-        fit(module, [prune(OneShot(at=2)), losses], data=data, val=fitting.val_loader(), max_steps=4)
+        fit(
+            module, [prune(OneShot(at=2)), losses], data=data, val=fitting.val_loader(), max_steps=4
+        )
         found.append(losses.seen)
     assert ways == [{}]
     assert gap(*found) < 1e-4

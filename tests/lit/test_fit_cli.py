@@ -25,14 +25,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tiny_tokenizer(folder)
     tiny.model(dtype=torch.float32, vocab_size=256).save_pretrained(folder)
-    words = [f"{a} {b} {a}{b}" for a in ["the", "cat", "of", "a", "king"] for b in ["sat", "on", "mat"]]
+    words = [
+        f"{a} {b} {a}{b}" for a in ["the", "cat", "of", "a", "king"] for b in ["sat", "on", "mat"]
+    ]
     (folder / "text.txt").write_text(" ".join(words * 40), encoding="utf-8")
     return folder
 
 
 def config(base: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """A run of 8 steps with every part switched on; checkpoints of every step."""
-    saver = {"dirpath": str(out / "ckpt"), "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
+    saver = {
+        "dirpath": str(out / "ckpt"),
+        "filename": "{step}",
+        "every_n_train_steps": 1,
+        "save_top_k": -1,
+    }
     values: dict[str, Any] = {
         "seed_everything": 1,
         "model": {"pretrained": str(base), "learning_rate": {"peak": 0.01}, "dtype": "float32"},
@@ -56,7 +63,11 @@ def config(base: Path, out: Path, **changes: Any) -> dict[str, Any]:
         },
         "lora": {"config": {"r": 2, "lora_dropout": 0.1}},
         "monitor": {},
-        "report": {"directory": str(out / "report"), "measure_speed": False, "prompts": ["the cat"]},
+        "report": {
+            "directory": str(out / "report"),
+            "measure_speed": False,
+            "prompts": ["the cat"],
+        },
         "export": {"directory": str(out / "model")},
         "trainer": {
             "max_steps": 8,
@@ -103,7 +114,9 @@ def test_every_part_ran(whole: tuple[PlpruneCLI, Path], base: Path) -> None:
     assert [kind for kind in kinds if kind in order] == order
     report = json.loads((out / "report" / "report.json").read_text("utf-8"))
     assert [cut["step"] for cut in report["cuts"]] == [2, 5]
-    assert report["sizes"]["params_model"]["pruned"] == sum(p.numel() for p in cli.model.parameters())
+    assert report["sizes"]["params_model"]["pruned"] == sum(
+        p.numel() for p in cli.model.parameters()
+    )
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(out / "model").eval()
@@ -161,9 +174,12 @@ def test_without_the_prune_key_the_command_is_named(
     for name in ("fit", "test"):
         message = refused(capsys, command(tmp_path, name, values, "--ckpt_path", file))
         assert message == (
-            "plprune: the checkpoint is of a pruned model: given a checkpoint with 4 heads, 2 KV heads and FFN 28 "
-            "in block 0; allowed 6 heads, 3 KV heads and FFN 40 in block 0, as the model in memory; fix: use the "
-            "config of the run with its `prune` key: plprune test --config RUN.yaml --ckpt_path FILE (in a script: "
+            "plprune: the checkpoint is of a pruned model: given a checkpoint with 4 heads, 2 KV "
+            "heads and FFN 28 "
+            "in block 0; allowed 6 heads, 3 KV heads and FFN 40 in block 0, as the model in "
+            "memory; fix: use the "
+            "config of the run with its `prune` key: plprune test --config RUN.yaml --ckpt_path "
+            "FILE (in a script: "
             "give the Trainer the same Prune callback)"
         )
 
@@ -174,7 +190,9 @@ def test_without_the_lora_key_the_key_is_named(
     values = config(base, tmp_path, lora=None)
     file = str(whole[1] / "ckpt" / "step=8.ckpt")
     message = refused(capsys, command(tmp_path, "test", values, "--ckpt_path", file))
-    assert message.startswith("plprune: the checkpoint has LoRA adapters: given a model without; fix: use the config")
+    assert message.startswith(
+        "plprune: the checkpoint has LoRA adapters: given a model without; fix: use the config"
+    )
 
 
 def test_another_base_model_is_refused(
@@ -186,7 +204,9 @@ def test_another_base_model_is_refused(
     values = config(base, tmp_path, model={"pretrained": str(other)})
     file = str(whole[1] / "ckpt" / "step=8.ckpt")
     message = refused(capsys, command(tmp_path, "fit", values, "--ckpt_path", file))
-    assert message.startswith("plprune: the structure belongs to another base model: given dense fingerprint")
+    assert message.startswith(
+        "plprune: the structure belongs to another base model: given dense fingerprint"
+    )
 
 
 def test_a_truncated_checkpoint_is_refused_in_one_line(
@@ -210,7 +230,8 @@ def test_existing_targets_are_refused_before_anything_is_loaded(
         (tmp_path / name).mkdir()
         message = refused(capsys, command(tmp_path, "fit", config(base, tmp_path)))
         assert message == (
-            f"plprune: the target directory exists: given {tmp_path / name}; allowed a directory that does not exist "
+            f"plprune: the target directory exists: given {tmp_path / name}; allowed a directory "
+            "that does not exist "
             "yet; fix: choose another one or pass --overwrite (export.overwrite: true)"
         )
         (tmp_path / name).rmdir()

@@ -1,4 +1,4 @@
-"""LoRA between and after cuts: same losses masked or cut, merged at the end, saved for peft alone."""
+"""LoRA between and after cuts: same losses masked or cut, merged, saved for peft alone."""
 
 from pathlib import Path
 from typing import Any
@@ -61,15 +61,19 @@ def test_dora_is_not_trained_on_masked_units() -> None:
     with pytest.raises(ConfigError) as caught:
         fit(User(), [prune(commit=2), LoRARecovery({"use_dora": True})])
     assert str(caught.value) == (
-        "DoRA adapters cannot train on masked units: given use_dora: true, and cuts that are only masked; allowed "
-        "smaller tensors at every cut: the scale of DoRA is a norm over all columns, masked or not; fix: set "
+        "DoRA adapters cannot train on masked units: given use_dora: true, and cuts that are only "
+        "masked; allowed "
+        "smaller tensors at every cut: the scale of DoRA is a norm over all columns, masked or "
+        "not; fix: set "
         "prune.commit: every"
     )
 
 
 def test_dora_goes_through_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    monkeypatch.setattr(guard, "require_close", lambda masked, cut, _: compared.append((masked, cut)))
+    monkeypatch.setattr(
+        guard, "require_close", lambda masked, cut, _: compared.append((masked, cut))
+    )
     fit(User(), [prune(), LoRARecovery({"r": 3, "use_dora": True})])
     assert len(compared) == 3
     assert all(abs(masked - cut) < 1e-12 for masked, cut in compared)
@@ -80,7 +84,11 @@ def test_dora_goes_through_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_frozen_parameters_stay_frozen_after_the_merge() -> None:
-    module = User(optimizers=lambda m: torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.01))
+    module = User(
+        optimizers=lambda m: torch.optim.SGD(
+            [p for p in m.parameters() if p.requires_grad], lr=0.01
+        )
+    )
     module.net.model.embed_tokens.requires_grad_(False)
     before = weights(module)
     fit(module, [prune(), LoRARecovery({"r": 2}, start="last_cut")])
@@ -93,7 +101,9 @@ def test_gradients_of_frozen_weights_are_freed() -> None:
     module = User()
     found = []
     probe = fitting.Probe(
-        lambda _, m: found.append(sum(p.grad is not None for p in m.parameters() if not p.requires_grad))
+        lambda _, m: found.append(
+            sum(p.grad is not None for p in m.parameters() if not p.requires_grad)
+        )
     )
     fit(module, [prune(), LoRARecovery({"r": 2}, start="last_cut"), probe])
     assert found[-1] == 0
@@ -136,12 +146,16 @@ def test_saved_adapters_load_with_peft_alone(name: str, tmp_path: Path) -> None:
     found = PeftModel.from_pretrained(base, adapters).eval()
     ids = tiny.tokens()
     with torch.no_grad():
-        torch.testing.assert_close(found(ids).logits, module.net.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found(ids).logits, module.net.eval()(ids).logits, rtol=1e-4, atol=1e-4
+        )
         assert not torch.allclose(bases[0].eval()(ids).logits, module.net(ids).logits, atol=1e-3)
     again = bases[0]
     load_adapter(again, adapters, describe(again))
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(ids).logits, found(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            again.eval()(ids).logits, found(ids).logits, rtol=1e-4, atol=1e-4
+        )
     del pruner
 
 
@@ -175,5 +189,7 @@ def test_exports_of_a_run_with_adapters_are_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"rank": 3}, {"r": 0}, {"target_modules": ["nowhere"]}])
 def test_what_peft_refuses_is_passed_on(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"peft refused the LoRA config: .* fix: see peft\.LoraConfig"):
+    with pytest.raises(
+        ConfigError, match=r"peft refused the LoRA config: .* fix: see peft\.LoraConfig"
+    ):
         fit(User(), [LoRARecovery(wrong)])

@@ -19,12 +19,17 @@ def two_groups(module: Any) -> Any:
     """Vectors without weight decay and at half the rate."""
     vectors = [p for p in module.parameters() if p.dim() < 2]
     matrices = [p for p in module.parameters() if p.dim() > 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "lr": 1e-3, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "lr": 1e-3, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=2e-3)
     return {
         "optimizer": optimizer,
         "lr_scheduler": {
-            "scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, [2e-3, 1e-3], total_steps=20),
+            "scheduler": torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, [2e-3, 1e-3], total_steps=20
+            ),
             "interval": "step",
         },
     }
@@ -33,7 +38,9 @@ def two_groups(module: Any) -> Any:
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adamw-cosine": fitting.adamw,
     "two-groups-one-cycle": two_groups,
-    "sgd-momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "sgd-momentum": lambda m: torch.optim.SGD(
+        m.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3
+    ),
     "amsgrad": lambda m: torch.optim.Adam(m.parameters(), lr=2e-3, amsgrad=True),
     "fused": lambda m: torch.optim.AdamW(m.parameters(), lr=2e-3, fused=True),
     "per-epoch": lambda m: (
@@ -119,7 +126,8 @@ def test_adafactor_is_refused_before_a_tensor_changes() -> None:
         fit(module, [prune()])
     assert str(caught.value).startswith(
         "cannot cut the state of Adafactor: given row_var of shape (40, 1) for "
-        "model.layers.0.mlp.gate_proj.weight (40, 48); allowed state tensors with the parameter's shape"
+        "model.layers.0.mlp.gate_proj.weight (40, 48); allowed state tensors with the parameter's "
+        "shape"
     )
     assert str(caught.value).endswith("fix: set optimizer_state: reset, or use another optimizer")
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == shapes
@@ -138,10 +146,15 @@ def test_adafactor_is_refused_before_a_tensor_changes() -> None:
 def test_precisions(precision: Any, dtype: torch.dtype, tolerance: float) -> None:
     curves = []
     for commit in ("every", "last"):
-        module, pruner = User(dtype=dtype, optimizers=OPTIMIZERS["sgd-momentum"]), prune(commit=commit)
+        module, pruner = (
+            User(dtype=dtype, optimizers=OPTIMIZERS["sgd-momentum"]),
+            prune(commit=commit),
+        )
         fit(module, [pruner], precision=precision)
         curves.append(module.losses)
-        wanted = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+        wanted = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(
+            precision, torch.float32
+        )
         assert {p.dtype for p in module.parameters()} == {wanted}
         assert module.net.model.layers[1].mlp.up_proj.out_features < 40
         assert len(hashes(pruner)) == 3
@@ -164,7 +177,9 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
 def test_a_parameter_without_optimizer_is_noticed() -> None:
     module, optimizer = trained()
     module[0].weight = nn.Parameter(torch.ones(2, 3))
-    with pytest.raises(PlanError, match=r"1 trainable .* \(0\.weight\), 1 stale parameters, 0 states"):
+    with pytest.raises(
+        PlanError, match=r"1 trainable .* \(0\.weight\), 1 stale parameters, 0 states"
+    ):
         assert_consistent(module, [optimizer])
     module, optimizer = trained()
     optimizer.param_groups[0]["params"].pop()

@@ -1,4 +1,4 @@
-"""What a run leaves: logged sizes, the report, the export; and what it does not leave: hooks, old tensors."""
+"""What a run leaves: sizes, report, export; and what it does not: hooks, old tensors."""
 
 import csv
 import gc
@@ -41,9 +41,13 @@ def counted(model: Any, context: int) -> dict[str, float]:
         "params_prunable": sum(linear.values()),
         "params_blocks": sum(block.values()),
         "params_model": sum(sizes.values()),
-        "params_non_embedding": sum(n for name, n in sizes.items() if "embed" not in name and "lm_head" not in name),
+        "params_non_embedding": sum(
+            n for name, n in sizes.items() if "embed" not in name and "lm_head" not in name
+        ),
         "flops_per_token": 2 * matmul + sum(4 * context * width for width in heads),
-        "kv_cache_bytes_per_token": sum(2 * 2 * layer.self_attn.k_proj.out_features for layer in attention),
+        "kv_cache_bytes_per_token": sum(
+            2 * 2 * layer.self_attn.k_proj.out_features for layer in attention
+        ),
     }
 
 
@@ -91,7 +95,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens(text: Path) -> LitTokens:
     file = str(text / "text.txt")
     return LitTokens(
-        train=file, val=file, tokenizer=str(text), seq_len=16, batch_size=2, val_windows=4, calibration_samples=4
+        train=file,
+        val=file,
+        tokenizer=str(text),
+        seq_len=16,
+        batch_size=2,
+        val_windows=4,
+        calibration_samples=4,
     )
 
 
@@ -116,17 +126,26 @@ def test_report_numbers_are_those_of_the_tensors(text: Path, tmp_path: Path) -> 
     dense = counted(module.net, 2048)
     before = perplexity(module.net, _windows(data)).perplexity
     fit(module, [pruner, *parts(tmp_path)], data=data, max_steps=9)
-    assert {path.name for path in (tmp_path / "report").iterdir()} >= {"report.html", "report.json", "report.md"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} >= {
+        "report.html",
+        "report.json",
+        "report.md",
+    }
     report = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
     after = counted(module.net, 2048)
     for name in ("params_prunable", "params_blocks", "params_non_embedding", "params_model"):
         assert report["sizes"][name]["dense"] == dense[name], name
         assert report["sizes"][name]["pruned"] == after[name], name
     for name in ("flops_per_token", "kv_cache_bytes_per_token"):
-        assert (report["sizes"][name]["dense"], report["sizes"][name]["pruned"]) == (dense[name], after[name])
+        assert (report["sizes"][name]["dense"], report["sizes"][name]["pruned"]) == (
+            dense[name],
+            after[name],
+        )
     (score,) = report["perplexity"]
     assert score["dense"] == pytest.approx(before, rel=1e-6)
-    assert score["recovered"] == pytest.approx(perplexity(module.net, data.windows()).perplexity, rel=1e-6)
+    assert score["recovered"] == pytest.approx(
+        perplexity(module.net, data.windows()).perplexity, rel=1e-6
+    )
     assert [cut["plan_hash"] for cut in report["cuts"]] == hashes(pruner)
     assert [cut["params"] for cut in report["cuts"]][-1] == after["params_model"]
     training = next(curve for curve in report["curves"] if curve["name"] == "training")
@@ -176,7 +195,8 @@ def test_overwrite_spares_what_a_run_did_not_write(kind: int, text: Path, tmp_pa
     with pytest.raises(ExportError) as caught:
         fit(module, [prune(), callback], data=tokens(text))
     assert str(caught.value) == (
-        f"will not overwrite what an earlier run did not write: given {folder}; allowed an empty directory or one "
+        f"will not overwrite what an earlier run did not write: given {folder}; allowed an empty "
+        "directory or one "
         "from an earlier run; fix: choose another directory, or remove this one yourself"
     )
     assert module.losses == []
@@ -184,7 +204,9 @@ def test_overwrite_spares_what_a_run_did_not_write(kind: int, text: Path, tmp_pa
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_leaves_no_files(error: type[BaseException], text: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_no_files(
+    error: type[BaseException], text: Path, tmp_path: Path
+) -> None:
     def stop(trainer: Trainer, _: Any) -> None:
         if trainer.global_step == 6:
             raise error("enough")

@@ -1,4 +1,4 @@
-"""Cuts inside `fit` of a user's own module: masked now and cut later is cut now, and the rest of the run goes on."""
+"""Cuts inside `fit` of a user's own module: masked now and cut later is cut now."""
 
 from typing import Any
 
@@ -29,7 +29,9 @@ def test_when_tensors_shrink_does_not_matter(name: str, commit: Any) -> None:
     assert gap(now.losses, later.losses) < 1e-9
     close(weights(now), weights(later))
     committed = [entry["committed"] for entry in other.progressive.history]
-    assert committed == {"last": [False, False, True], 1: [True] * 3, 2: [False, True, True]}[commit]
+    assert (
+        committed == {"last": [False, False, True], 1: [True] * 3, 2: [False, True, True]}[commit]
+    )
     assert now.net.model.layers[0].mlp.down_proj.in_features < tiny.FFN
     assert now.net.config.num_key_value_heads == 2
 
@@ -83,7 +85,8 @@ def cut_steps(schedule: Any, batches: int = 7, **settings: Any) -> list[tuple[in
     ("accumulate", "expected"),
     [
         (1, [(2, 2), (5, 5), (8, 8)]),
-        # 7 batches an epoch: the last window of each epoch is cut short, steps end at 2 4 6 7 | 9 11 13 14 | 16
+        # 7 batches an epoch: the last window of each epoch is cut short, steps end at 2 4 6 7 | 9
+        # 11 13 14 | 16
         (2, [(4, 2), (9, 5), (14, 8)]),
         # 3 6 7 | 10 13 14 | 17 20 21
         (3, [(6, 2), (13, 5), (17 + 3, 8)]),
@@ -140,7 +143,9 @@ def test_a_cut_before_the_first_step_changes_the_first_loss() -> None:
 
 def test_a_cut_after_the_end_is_refused_before_training() -> None:
     module = User()
-    with pytest.raises(ConfigError, match=r"outside the run.*given optimizer step 12; allowed 0..11"):
+    with pytest.raises(
+        ConfigError, match=r"outside the run.*given optimizer step 12; allowed 0..11"
+    ):
         fit(module, [prune(OneShot(at=12))])
     assert module.losses == []
 

@@ -45,8 +45,10 @@ def test_callbacks_that_keep_copies(make: Any, name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         fit(module, [prune(), callback])
     assert str(caught.value) == (
-        f"{name} cannot run together with pruning: given {type(callback).__name__} in trainer.callbacks; allowed "
-        "callbacks that keep no copies of weights; fix: average or mask in a second fit on the exported model"
+        f"{name} cannot run together with pruning: given {type(callback).__name__} in "
+        "trainer.callbacks; allowed "
+        "callbacks that keep no copies of weights; fix: average or mask in a second fit on the "
+        "exported model"
     )
     assert module.losses == []
 
@@ -69,7 +71,8 @@ def test_strategies_that_cannot_be_cut(strategy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         adapter_for(made.strategy)
     assert str(caught.value) == (
-        f"this strategy cannot be cut during fit: given {type(made.strategy).__name__}; allowed SingleDeviceStrategy "
+        f"this strategy cannot be cut during fit: given {type(made.strategy).__name__}; allowed "
+        "SingleDeviceStrategy "
         "(trainer.devices: 1, trainer.strategy: auto); fix: train on one device"
     )
 
@@ -91,7 +94,9 @@ def test_a_model_built_twice_is_refused() -> None:
             """Not idempotent."""
             self.policy = tiny.model().train()
 
-    with pytest.raises(ConfigError, match=r"the model was built a second time: given Careless\.configure_model"):
+    with pytest.raises(
+        ConfigError, match=r"the model was built a second time: given Careless\.configure_model"
+    ):
         fit(Careless(), [prune()])
 
 
@@ -121,7 +126,9 @@ def test_two_models_need_a_name() -> None:
             super().__init__()
             self.teacher = copy.deepcopy(self.policy).requires_grad_(False)
 
-    with pytest.raises(ModelError, match=r"need exactly one causal language model in Teacher: given 2"):
+    with pytest.raises(
+        ModelError, match=r"need exactly one causal language model in Teacher: given 2"
+    ):
         fit(Teacher(), [prune()])
     module = Teacher()
     fit(module, [prune(attribute="policy")])
@@ -159,7 +166,11 @@ def test_two_models_need_a_name() -> None:
             ConfigError,
             "unknown lora.start: given 'never'; allowed fit, last_cut",
         ),
-        (lambda: SizeMonitor(context=0), ConfigError, "empty monitor.context: given 0; allowed 1 or more tokens"),
+        (
+            lambda: SizeMonitor(context=0),
+            ConfigError,
+            "empty monitor.context: given 0; allowed 1 or more tokens",
+        ),
         (
             lambda: ExportHF("x", mode="onnx"),  # type: ignore[arg-type]
             ConfigError,
@@ -168,7 +179,8 @@ def test_two_models_need_a_name() -> None:
         (
             lambda: LearningRate(peak=0.0),
             ConfigError,
-            "impossible learning rate: given peak 0.0, warmup 0.1, floor 0.0; allowed peak > 0, warmup and floor in "
+            "impossible learning rate: given peak 0.0, warmup 0.1, floor 0.0; allowed peak > 0, "
+            "warmup and floor in "
             "[0, 1]",
         ),
         (
@@ -198,20 +210,30 @@ def test_last_cut_needs_cuts() -> None:
         with pytest.raises(ConfigError) as caught:
             fit(User(), callbacks)
         assert str(caught.value) == (
-            "lora.start: last_cut without cuts: given no plprune.callbacks.Prune before this callback; fix: set "
+            "lora.start: last_cut without cuts: given no plprune.callbacks.Prune before this "
+            "callback; fix: set "
             "start: fit, or add Prune"
         )
 
 
 def test_a_run_without_an_end_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"the run has no known end: .* fix: set trainer\.max_steps or"):
+    with pytest.raises(
+        ConfigError, match=r"the run has no known end: .* fix: set trainer\.max_steps or"
+    ):
         fit(User(), [prune()], max_steps=-1, max_epochs=-1)
 
 
 def test_length_in_steps_of_an_odd_epoch() -> None:
     found: list[Length] = []
     probe = fitting.Probe(lambda trainer, _: found.append(guard.length_of(trainer)))
-    fit(User(), [probe], data=fitting.loader(28), accumulate_grad_batches=2, max_steps=-1, max_epochs=3)
+    fit(
+        User(),
+        [probe],
+        data=fitting.loader(28),
+        accumulate_grad_batches=2,
+        max_steps=-1,
+        max_epochs=3,
+    )
     assert found[0] == Length(steps=12, steps_per_epoch=4)
 
 
@@ -234,7 +256,9 @@ def test_targets_that_exist_are_refused_before_training(kind: str, tmp_path: Any
 
 def test_adapters_that_stay_cannot_be_exported(tmp_path: Any) -> None:
     module = User()
-    with pytest.raises(ExportError, match=r"the model still has adapters: given lora\.merge: false; fix: set lora"):
+    with pytest.raises(
+        ExportError, match=r"the model still has adapters: given lora\.merge: false; fix: set lora"
+    ):
         fit(module, [LoRARecovery({"r": 2}, merge=False), ExportHF(str(tmp_path / "out"))])
     assert module.losses == []
 
@@ -246,7 +270,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     rows = [{"input_ids": row, "labels": row} for row in fitting.blocks(8)]
     data = torch.utils.data.DataLoader(rows, batch_size=4)
-    with pytest.raises(ConfigError, match=r"the training loss is not finite: given nan at optimizer step 1"):
+    with pytest.raises(
+        ConfigError, match=r"the training loss is not finite: given nan at optimizer step 1"
+    ):
         fit(LitCausalLM(str(tmp_path)), data=data, val=fitting.val_loader(), limit_val_batches=0)
 
 

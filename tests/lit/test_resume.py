@@ -1,4 +1,4 @@
-"""Structure travels with the weights: runs killed anywhere go on bit for bit, and what does not fit is refused."""
+"""Structure travels with the weights: killed runs go on bit for bit, misfits are refused."""
 
 import json
 import os
@@ -29,7 +29,8 @@ pytestmark = [
 ]
 
 STEPS = 12
-# Seven batches an epoch, two a step: steps end with batches 1 3 5 6 | 8 10 12 13 | 15 ... (from 0); cuts after 2, 5, 8.
+# Seven batches an epoch, two a step: steps end with batches 1 3 5 6 | 8 10 12 13 | 15 ... (from 0);
+# cuts after 2, 5, 8.
 KILLS = {3: 1, 4: 2, 7: 4, 10: 5, 14: 8}
 """Batch at whose start the process dies -> optimizer steps saved: inside a window before the first cut, right after
 a cut, at the start of an epoch, inside a window after the second cut, right after the last cut."""
@@ -41,7 +42,9 @@ class Killed(Callback):
     def __init__(self, batch: int) -> None:
         self.batch = batch
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Only here: the save of a step is complete by the next batch."""
         if trainer.fit_loop.total_batch_idx == self.batch:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -52,7 +55,8 @@ def run(folder: Path, kind: str, *, kill: Callback | None = None, resume: bool =
 
     Args:
         folder: of its checkpoints.
-        kind: `every-fit`, `last-last_cut`, ...: commit and start of LoRA, `training` for statistics.
+        kind: `every-fit`, `last-last_cut`, ...: commit and start of LoRA, `training` for
+            statistics.
         kill: dies on the way.
         resume: from `last.ckpt`.
     """
@@ -122,7 +126,10 @@ module.children(Path({str(folder)!r}))
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, killed: Path, tmp_path: Path) -> None:
     whole, (pruner, *_), _ = run(tmp_path / "whole", kind)
     for batch in places(kind):
-        folder, step = shutil.copytree(killed / kind / str(batch), tmp_path / str(batch)), KILLS[batch]
+        folder, step = (
+            shutil.copytree(killed / kind / str(batch), tmp_path / str(batch)),
+            KILLS[batch],
+        )
         assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == step
         resumed, (again, *_), _ = run(folder, kind, resume=True)
         rest = len(resumed.losses)
@@ -271,7 +278,9 @@ def test_adapters_cannot_start_from_a_checkpoint_without(finished: Path) -> None
 def test_a_damaged_file_is_named(finished: Path, tmp_path: Path, keep: int) -> None:
     content = (finished / "step=6.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(content[:keep])
-    with pytest.raises(CheckpointError, match=r"the checkpoint is damaged: given .*cut\.ckpt: \d+ bytes"):
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint is damaged: given .*cut\.ckpt: \d+ bytes"
+    ):
         fit(User(), [prune()], ckpt_path=tmp_path / "cut.ckpt")
 
 

@@ -1,4 +1,4 @@
-"""What a method sees inside `fit`: fresh or fixed draws, batches given by hand, or the training passes themselves."""
+"""What a method sees inside `fit`: calibration draws, batches by hand, or training passes."""
 
 from typing import Any
 
@@ -68,7 +68,9 @@ def by_hand(module: User, batches: list[Any], skip: int = 0) -> dict[str, tuple[
     for batch in batches:
         _keep.mask = token_mask(batch, skip)
         with torch.no_grad():
-            module.net(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch})
+            module.net(
+                **{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+            )
     return sums
 
 
@@ -132,7 +134,9 @@ def test_training_statistics_of_masked_runs_equal_those_of_cut_runs() -> None:
 
 
 def test_a_cut_before_any_training_pass_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"no training pass was observed .* use statistics\.source: fresh"):
+    with pytest.raises(
+        PlanError, match=r"no training pass was observed .* use statistics\.source: fresh"
+    ):
         fit(User(), [prune(OneShot(), source="training")])
 
 
@@ -196,7 +200,10 @@ def test_the_data_module_is_asked_at_every_cut(source: Any) -> None:
 
 
 def test_batches_by_hand_win_and_may_be_padded(spied: list[Any]) -> None:
-    batch = {"input_ids": tiny.tokens(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.int64)}
+    batch = {
+        "input_ids": tiny.tokens(2, 12),
+        "attention_mask": torch.ones(2, 12, dtype=torch.int64),
+    }
     batch["attention_mask"][1, 5:] = 0
     data = Source()
     statistics = Statistics(batches=iter([batch]))
@@ -218,9 +225,13 @@ def test_a_generator_of_batches_serves_every_cut(spied: list[Any]) -> None:
 
 def test_a_run_without_a_source_is_refused_before_training() -> None:
     module = User()
-    with pytest.raises(DataError, match=r"no source of calibration batches: given data module NoneType; allowed"):
+    with pytest.raises(
+        DataError, match=r"no source of calibration batches: given data module NoneType; allowed"
+    ):
         fit(module, [Prune(TransAct(), fitting.BUDGET)])
-    with pytest.raises(DataError, match="no calibration batches: given 0 batches from the callback"):
+    with pytest.raises(
+        DataError, match="no calibration batches: given 0 batches from the callback"
+    ):
         fit(module, [Prune(TransAct(), fitting.BUDGET, statistics=Statistics(batches=[]))])
     assert module.losses == []
 
@@ -228,7 +239,10 @@ def test_a_run_without_a_source_is_refused_before_training() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "random"}, "unknown prune.statistics.source: given 'random'; allowed fresh, fixed, training"),
+        (
+            {"source": "random"},
+            "unknown prune.statistics.source: given 'random'; allowed fresh, fixed, training",
+        ),
         ({"window": 0}, "empty prune.statistics.window: given 0; allowed 1 or more steps"),
     ],
 )

@@ -75,10 +75,17 @@ def test_default_targets_are_all_linears_of_a_block() -> None:
     assert target_modules(tiny.model("llama-gqa")) == sorted(
         f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
     )
-    assert target_modules(tiny.model("phi3-gqa")) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    assert target_modules(tiny.model("phi3-gqa")) == [
+        "down_proj",
+        "gate_up_proj",
+        "o_proj",
+        "qkv_proj",
+    ]
 
 
-@pytest.mark.parametrize("config", [{"r": 2}, {"r": 2, "use_dora": True, "lora_alpha": 5}, {"r": 3, "lora_bias": True}])
+@pytest.mark.parametrize(
+    "config", [{"r": 2}, {"r": 2, "use_dora": True, "lora_alpha": 5}, {"r": 3, "lora_bias": True}]
+)
 def test_saved_is_loaded(config: dict[str, Any], tmp_path: Path) -> None:
     model, injected = trained("llama-gqa-bias", config)
     spec = describe(model)
@@ -88,7 +95,10 @@ def test_saved_is_loaded(config: dict[str, Any], tmp_path: Path) -> None:
     apply(again, random_plan(spec, 2), describe(again))
     load_adapter(again, tmp_path / "a", describe(again))
     close(again(tiny.tokens()).logits, model(tiny.tokens()).logits)
-    assert all("plprune" not in key for key in json.loads((tmp_path / "a" / "adapter_config.json").read_text()))
+    assert all(
+        "plprune" not in key
+        for key in json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    )
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", framework="pt") as file:
         assert set(file.metadata()) == {"format", "plprune_structure"}
     with pytest.raises(ExportError, match="the adapter directory exists"):
@@ -114,7 +124,9 @@ def test_adapters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     model, injected = trained("llama-gqa", {"r": 2})
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.lora_A["default"].weight[0, 0] = float("nan")
-    with pytest.raises(ExportError, match="adapter tensor is empty or not finite: given base_model"):
+    with pytest.raises(
+        ExportError, match="adapter tensor is empty or not finite: given base_model"
+    ):
         save_adapter(injected, tmp_path / "a", describe(model))
     assert list(tmp_path.iterdir()) == []
 
@@ -128,7 +140,9 @@ def test_adapters_of_another_structure_are_refused(tmp_path: Path) -> None:
         load_adapter(other, tmp_path / "a", describe(other))
     message = str(caught.value)
     assert message.startswith("the adapter belongs to another structure: given structure ")
-    assert message.endswith("the model in memory; fix: load the pruned model this adapter was trained on")
+    assert message.endswith(
+        "the model in memory; fix: load the pruned model this adapter was trained on"
+    )
     assert not any_adapter(other)
 
 
@@ -140,7 +154,8 @@ def test_a_merge_that_is_not_finite_is_refused_and_leaves_the_adapters() -> None
     with pytest.raises(ExportError) as caught:
         merge(injected)
     assert str(caught.value) == (
-        "cannot merge adapters: given NaN or infinity in model.layers.1.mlp.up_proj; allowed finite factors"
+        "cannot merge adapters: given NaN or infinity in model.layers.1.mlp.up_proj; allowed "
+        "finite factors"
     )
     assert any_adapter(model)
 
@@ -148,5 +163,7 @@ def test_a_merge_that_is_not_finite_is_refused_and_leaves_the_adapters() -> None
 def test_two_injections_are_refused() -> None:
     model = tiny.model()
     inject(model, {})
-    with pytest.raises(ConfigError, match="the model has LoRA adapters already: given two injections"):
+    with pytest.raises(
+        ConfigError, match="the model has LoRA adapters already: given two injections"
+    ):
         inject(model, {})

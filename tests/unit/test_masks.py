@@ -1,4 +1,4 @@
-"""Logical masks: exact in forward, gradients and element-wise optimizers, and gone when they are taken off."""
+"""Logical masks: exact in forward, gradients and element-wise optimizers, and removable."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def hooks(model: Any) -> int:
 
 @pytest.mark.parametrize("name", tiny.ONE_PER_FAMILY)
 def test_masked_is_cut_through_training(name: str) -> None:
-    """Two steps of AdamW with weight decay on the masked model, then cut, equal the same on the cut model."""
+    """Two steps of AdamW on the masked model, then cut, equal two steps on the cut model."""
     masked, cut = tiny.model(name), tiny.model(name)
     spec = describe(masked)
     plan = random_plan(spec, 3, ("kv_group", "mlp"))
@@ -42,7 +42,8 @@ def _train(model: Any) -> None:
         optimizer.zero_grad()
         ids = tiny.tokens(seed=step)
         model(input_ids=ids, labels=ids).loss.backward()
-        # An element-wise optimizer divides rounding by rounding where gradients vanish: round them off.
+        # An element-wise optimizer divides rounding by rounding where gradients vanish: round them
+        # off.
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad[parameter.grad.abs() < 1e-12] = 0.0

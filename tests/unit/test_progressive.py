@@ -77,8 +77,10 @@ def test_a_model_cut_differently_is_refused() -> None:
     with pytest.raises(CheckpointError) as caught:
         other.restore(one.state())
     assert str(caught.value) == (
-        f"the model in memory has another structure than the checkpoint: given structure {other.physical.fingerprint} "
-        f"in memory; allowed {one.physical.fingerprint} or the dense model; fix: start a new process: plprune test "
+        "the model in memory has another structure than the checkpoint: given structure "
+        f"{other.physical.fingerprint} "
+        f"in memory; allowed {one.physical.fingerprint} or the dense model; fix: start a new "
+        "process: plprune test "
         "--config ... --ckpt_path ..."
     )
 
@@ -112,7 +114,9 @@ def test_only_kept_units_can_be_masked() -> None:
     progressive = Progressive(tiny.model())
     edit = Write(module="model.layers.0.mlp.down_proj", weight=torch.zeros(48, 40))
     plan = Plan(edits=(edit,), fingerprint=progressive.spec.fingerprint, method="OBS")
-    with pytest.raises(PlanError, match="only kept units can be masked: given a plan of OBS that writes weights"):
+    with pytest.raises(
+        PlanError, match="only kept units can be masked: given a plan of OBS that writes weights"
+    ):
         progressive.mask(plan)
 
 

@@ -32,7 +32,8 @@ from plprune.surgery.lower import lower
 
 RAMP = TransActRamp(cuts=8, tokens=1e9, tokens_per_step=262_144)
 LONG = Length(steps=10_000, steps_per_epoch=1000)
-# arXiv 2407.05690: LLaMA2-7B cut to 768 attention entries and 1536 MLP channels, and to 2048 and 3072.
+# arXiv 2407.05690: LLaMA2-7B cut to 768 attention entries and 1536 MLP channels, and to 2048 and
+# 3072.
 HEADS_A, MLP_A = [29, 26, 23, 20, 17, 14, 10, 6], [9824, 8640, 7456, 6272, 5088, 3904, 2720, 1536]
 HEADS_B, MLP_B = [30, 28, 26, 24, 22, 20, 18, 16], [10016, 9024, 8032, 7040, 6048, 5056, 4064, 3072]
 PARAMS_A = [6.072, 5.405, 4.738, 4.071, 3.404, 2.737, 2.003, 1.269]
@@ -115,7 +116,11 @@ def test_rates_start_over_in_every_phase() -> None:
         assert within[0] == pytest.approx(phase.peak / rise)
         assert max(within) == pytest.approx(phase.peak)
         assert within.index(max(within)) in (rise - 1, rise)
-        ends = phase.peak * (1 + math.cos(math.pi * (phase.steps - 1 - rise) / (phase.steps - rise))) / 2
+        ends = (
+            phase.peak
+            * (1 + math.cos(math.pi * (phase.steps - 1 - rise) / (phase.steps - rise)))
+            / 2
+        )
         assert within[-1] == pytest.approx(ends)
 
 
@@ -161,12 +166,14 @@ def test_points(schedule: Schedule, steps: list[int], progress: list[float]) -> 
     [
         (
             lambda: OneShot(at=20).points(SHORT),
-            "a cut at step 20 lies outside the run: given optimizer step 20; allowed 0..19; fix: train longer "
+            "a cut at step 20 lies outside the run: given optimizer step 20; allowed 0..19; fix: "
+            "train longer "
             "(trainer.max_steps) or cut earlier",
         ),
         (
             lambda: OneShot(at=-1).points(SHORT),
-            "a cut at step -1 lies outside the run: given optimizer step -1; allowed 0..19; fix: train longer "
+            "a cut at step -1 lies outside the run: given optimizer step -1; allowed 0..19; fix: "
+            "train longer "
             "(trainer.max_steps) or cut earlier",
         ),
         (
@@ -175,30 +182,36 @@ def test_points(schedule: Schedule, steps: list[int], progress: list[float]) -> 
         ),
         (
             lambda: Linear(cuts=0),
-            "impossible schedule: given 0 cuts from 0 to 0.5; allowed at least 1 cut, 0 <= begin <= end",
+            "impossible schedule: given 0 cuts from 0 to 0.5; allowed at least 1 cut, 0 <= begin "
+            "<= end",
         ),
         (
             lambda: Linear(begin=0.5, end=0.2),
-            "impossible schedule: given 8 cuts from 0.5 to 0.2; allowed at least 1 cut, 0 <= begin <= end",
+            "impossible schedule: given 8 cuts from 0.5 to 0.2; allowed at least 1 cut, 0 <= begin "
+            "<= end",
         ),
         (
             lambda: Explicit(at=[1, 2], progress=[0.5, 0.9]),
-            "impossible explicit schedule: given at [1, 2], progress [0.5, 0.9]; allowed as many places as shares, "
+            "impossible explicit schedule: given at [1, 2], progress [0.5, 0.9]; allowed as many "
+            "places as shares, "
             "both ascending, the last share 1",
         ),
         (
             lambda: Explicit(at=[]),
-            "impossible explicit schedule: given at [], progress []; allowed as many places as shares, both "
+            "impossible explicit schedule: given at [], progress []; allowed as many places as "
+            "shares, both "
             "ascending, the last share 1",
         ),
         (
             lambda: Explicit(at=[2, 2]),
-            "impossible explicit schedule: given at [2, 2], progress [0.5, 1.0]; allowed as many places as shares, "
+            "impossible explicit schedule: given at [2, 2], progress [0.5, 1.0]; allowed as many "
+            "places as shares, "
             "both ascending, the last share 1",
         ),
         (
             lambda: TransActRamp(tokens=0),
-            "impossible TransAct ramp: given 8 cuts, 0 tokens, 262144 a step; allowed positive numbers",
+            "impossible TransAct ramp: given 8 cuts, 0 tokens, 262144 a step; allowed positive "
+            "numbers",
         ),
     ],
 )
@@ -212,7 +225,11 @@ def test_impossible_schedules(make: Any, message: str) -> None:
 
 
 def test_the_last_cut_meets_the_budget_whatever_the_path() -> None:
-    for progress in ([Fraction(1)], [Fraction(7, 8), Fraction(1)], [Fraction(i, 5) for i in range(1, 6)]):
+    for progress in (
+        [Fraction(1)],
+        [Fraction(7, 8), Fraction(1)],
+        [Fraction(i, 5) for i in range(1, 6)],
+    ):
         widths = step_widths(40, 17, progress)
         assert widths[-1] == 17
         assert widths == sorted(widths, reverse=True)
@@ -222,7 +239,9 @@ def test_the_last_cut_meets_the_budget_whatever_the_path() -> None:
 def test_widths_of_every_block_move_alone() -> None:
     spec = describe(tiny.model())
     budget = Budget(widths={"mlp": [20, 30]})
-    planned = cuts(spec, TransAct(attention="none"), budget, Linear(cuts=2, end=5, unit="step"), SHORT)
+    planned = cuts(
+        spec, TransAct(attention="none"), budget, Linear(cuts=2, end=5, unit="step"), SHORT
+    )
     assert [cut.budget.widths for cut in planned] == [{"mlp": [30, 35]}, {"mlp": [20, 30]}]
 
 
@@ -269,10 +288,18 @@ def test_the_table_shows_widths() -> None:
 def test_cuts_that_cannot_be() -> None:
     spec = describe(tiny.model())
     method = TransAct()
-    with pytest.raises(ConfigError, match=r"two cuts fall on one optimizer step: given 8 cuts in a run of 20 steps"):
+    with pytest.raises(
+        ConfigError, match=r"two cuts fall on one optimizer step: given 8 cuts in a run of 20 steps"
+    ):
         cuts(spec, method, Budget(widths={"mlp": 8}), Linear(end=0.2), SHORT)
     with pytest.raises(BudgetError) as caught:
-        cuts(spec, method, Budget(widths={"mlp": 38, "kv_group": 3}), Linear(cuts=5, end=8, unit="step"), SHORT)
+        cuts(
+            spec,
+            method,
+            Budget(widths={"mlp": 38, "kv_group": 3}),
+            Linear(cuts=5, end=8, unit="step"),
+            SHORT,
+        )
     assert str(caught.value).startswith("cut 1 of 5 would change nothing: given ")
     assert str(caught.value).endswith("fix: use fewer cuts or a smaller budget")
     # A single cut that keeps everything is legal.

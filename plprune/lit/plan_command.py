@@ -1,0 +1,146 @@
+"""`plprune plan`: what `fit` would do with the same configuration; nothing is loaded, written or downloaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from plprune.lit.cli import PlpruneCLI
+from plprune.lit.plan_facts import Run, facts
+from plprune.lit.tables import lines, put_json, share, short, show, span
+
+HELP = """usage: plprune plan --config FILE [--config FILE ...] [--key value ...] [--json FILE]
+
+Print the schedule, widths, sizes and memory of `plprune fit` with the same arguments. Reads the config of the model
+only (a local folder, the hub cache, or a shape that ships with plprune); reads the training text only if
+trainer.max_steps is not set.
+
+  --json FILE   also write the plan there; - for standard output only
+
+All other keys are those of `plprune fit --help`.
+"""
+
+_BASES = ("prunable", "blocks", "non_embedding", "model")
+_MEMORY = ("weights", "gradients", "optimizer", "activations", "statistics", "copies", "total")
+
+
+class PlanCLI(PlpruneCLI):
+    """The parser of `fit`; model, data and callbacks are made, the trainer is not."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only `fit` can be planned."""
+        return {"fit": PlpruneCLI.subcommands()["fit"]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--json`."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--json", type=str | None, default=None)
+
+    def build(self) -> None:
+        """Make everything but the trainer, whose accelerator may be on another machine."""
+        trainer = self.config.fit.trainer
+        self.trainer_settings = trainer.clone()
+        for heavy in ("strategy", "logger", "plugins", "profiler"):
+            trainer[heavy] = "auto" if heavy == "strategy" else None
+        given = trainer.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        # Loggers and monitors may want services; the plan needs plprune's own callbacks alone.
+        trainer.callbacks = [
+            one for one in given if str(one.get("class_path", "")).startswith("plprune.")
+        ]
+        self.config_init = self.parser.instantiate_classes(self.config)
+
+    def after_instantiate_classes(self) -> None:
+        """Leave nothing to run."""
+        self.subcommand = None
+
+    def described(self) -> Run:
+        """The parts of the run."""
+        made = self.config_init.fit
+        callbacks = [made.prune, made.lora, *(made.trainer.callbacks or [])]
+        return Run(
+            model=made.model,
+            data=made.data,
+            trainer=self.trainer_settings,
+            pruner=next((c for c in callbacks if getattr(c, "method", None) is not None), None),
+            lora=next((c for c in callbacks if hasattr(c, "merge_at_end")), None),
+        )
+
+
+def run(args: Sequence[str]) -> None:
+    """Print the plan.
+
+    Args:
+        args: command line after `plan`.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return
+    cli = PlanCLI(["fit", *args])
+    target = cli.config.fit.json
+    found = facts(cli.described())
+    if target != "-":
+        _show(found)
+    if target is not None:
+        put_json(target, found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    lines("Run", [(name.replace("_", " "), value) for name, value in found["run"].items()])
+    rows = [found["dense"], *found["cuts"], *found["recovery"]]
+    show("Schedule", _schedule(rows))
+    show("Size", _sizes([found["dense"], *found["cuts"]], found["budget_base"]))
+    if found["widths"]:
+        table = [("axis", "dense", "kept", "share")]
+        for kind, pair in found["widths"].items():
+            kept = sum(pair["kept"]) / sum(pair["dense"])
+            table.append((kind, span(pair["dense"]), span(pair["kept"]), share(kept)))
+        show("Final widths", table)
+    if found["memory"]:
+        table = [("phase", *_MEMORY)]
+        for phase in found["memory"]:
+            table.append((phase["name"], *(short(phase[part], "B") for part in _MEMORY)))
+        show("Peak memory on one device", table)
+    lines("Notes", [("-", note) for note in found["notes"]])
+
+
+def _schedule(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["widths"] or {}))
+    rates = any(row["peak_learning_rate"] is not None for row in rows)
+    head = ("cut", "step", *kinds, "steps after", "tokens after", *(["peak LR"] if rates else []))
+    table: list[tuple[str, ...]] = [head]
+    for row in rows:
+        widths = row["widths"] or {}
+        peak = row["peak_learning_rate"]
+        table.append(
+            (
+                row["name"],
+                str(row["step"]),
+                *(span(widths[kind]) if kind in widths else "by data" for kind in kinds),
+                str(row["steps"]),
+                short(row["tokens"]),
+                *(["-" if peak is None else f"{peak:.4g}"] if rates else []),
+            )
+        )
+    return table
+
+
+def _sizes(rows: list[dict[str, Any]], base: str) -> list[tuple[str, ...]]:
+    head = ("cut", *(b.replace("_", "-") for b in _BASES), f"kept ({base})", "FLOPs/tok", "KV/tok")
+    table: list[tuple[str, ...]] = [head]
+    for row in rows:
+        params = row["params"] or {}
+        table.append(
+            (
+                row["name"],
+                *(short(params.get(name)) for name in _BASES),
+                share(row["kept"]),
+                short(row["flops_per_token"]),
+                short(row["kv_cache_bytes_per_token"], "B"),
+            )
+        )
+    return table
