@@ -14,10 +14,10 @@ from plprune.budget import Budget
 from plprune.callbacks.statistics import Statistics
 from plprune.count import count_params
 from plprune.cuts import Cut
-from plprune.drivers.progressive import Progressive, probe_loss
+from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
 from plprune.lit import calibration, carry, guard
-from plprune.lit.recut import adapter_for, recut
+from plprune.lit.recut import adapter_for, commit_masked
 from plprune.lit.watch import Watch
 from plprune.methods.base import Method
 from plprune.observe import StatMap
@@ -98,7 +98,9 @@ class Prune(Callback):
             self.statistics.require_source(trainer)
         guard.ensure_model(pl_module)
         self._start_over(pl_module)
-        self._check_budget(self._describe(pl_module))
+        progressive = self._describe(pl_module)
+        if progressive.done == 0 and self.budget is not None:
+            self.method.widths(progressive.dense, self.budget)  # raises for an impossible budget
         carry.carry(
             trainer, pl_module, "prune", self._save, lambda state: self._load(pl_module, state)
         )
@@ -121,12 +123,6 @@ class Prune(Callback):
             self.progressive = known = None
         if known is None or known.done == 0:
             self.cuts, self._length = (), None
-
-    def _check_budget(self, progressive: Progressive) -> None:
-        assert self.method is not None, "checked by the caller"
-        assert self.budget is not None, "checked in __init__"
-        if progressive.done == 0:
-            self.method.widths(progressive.dense, self.budget)
 
     def _describe(self, pl_module: LightningModule) -> Progressive:
         if self.progressive is None:
@@ -223,7 +219,8 @@ class Prune(Callback):
             progressive.mask(plan)
         record = progressive.record(plan, trainer.global_step, before)
         if progressive.pending and self._commits(number):
-            self._commit(trainer, progressive)
+            reset = self.optimizer_state == "reset"
+            commit_masked(trainer, progressive, self.statistics.probe, reset=reset)
         record["committed"] = not progressive.pending
         record["seconds"] = time.perf_counter() - started
         dense = count_params(progressive.dense).non_embedding
@@ -240,18 +237,6 @@ class Prune(Callback):
             or self.commit == "every"
             or (isinstance(self.commit, int) and number % self.commit == 0)
         )
-
-    def _commit(self, trainer: Trainer, progressive: Progressive) -> None:
-        probe = self.statistics.probe
-        masked = probe_loss(
-            progressive.model, probe
-        )  # outside autocast: rounding would hide a wrong cut
-        applied = recut(
-            trainer, progressive.model, progressive.spec, {}, reset=self.optimizer_state == "reset"
-        )
-        progressive.committed(applied)
-        cut = probe_loss(progressive.model, probe)
-        guard.require_close(masked, cut, next(progressive.model.parameters()).dtype)
 
     def _statistics(self, trainer: Trainer, progressive: Progressive) -> tuple[StatMap, str]:
         assert self.method is not None, "checked by the caller"
@@ -279,13 +264,9 @@ class Prune(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say when the run ended before the schedule did."""
         self._watch.stop()
-        progressive = self.progressive
-        if (
-            self.method is not None
-            and progressive is not None
-            and progressive.done < len(self.cuts)
-        ):
-            log.warning("the run ended after %d of %d cuts", progressive.done, len(self.cuts))
+        done = 0 if self.progressive is None else self.progressive.done
+        if done < len(self.cuts):
+            log.warning("the run ended after %d of %d cuts", done, len(self.cuts))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind but the masks of cuts that were not committed."""

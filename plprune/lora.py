@@ -219,12 +219,14 @@ def load_adapter(model: nn.Module, directory: Path, spec: Spec) -> Injected:
         *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
     )
     injected = inject(model, {key: config[key] for key in keep if config.get(key) is not None})
-    own = {
-        name: value
-        for name, value in injected.model.state_dict().items()
-        if is_adapter_parameter(name)
-    }
-    public = dict(zip(adapter_state(injected.model), own.values(), strict=True))
+    _fill(injected.model, tensors)
+    return injected
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved adapter tensors into the adapters of a model."""
+    own = {name: value for name, value in model.state_dict().items() if is_adapter_parameter(name)}
+    public = dict(zip(adapter_state(model), own.values(), strict=True))
     if public.keys() != tensors.keys():
         raise StructureError(
             "adapter tensors do not fit", given=str(sorted(tensors.keys() ^ public.keys())[:3])
@@ -232,7 +234,6 @@ def load_adapter(model: nn.Module, directory: Path, spec: Spec) -> Injected:
     with torch.no_grad():
         for name, tensor in tensors.items():
             public[name].copy_(tensor)
-    return injected
 
 
 def any_adapter(model: nn.Module) -> bool:

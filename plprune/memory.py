@@ -272,9 +272,7 @@ def _new(stages: Stages, held: Phase) -> int:
 
 def _exporting(pruned: Phase) -> Phase:
     """The file being written is a copy of the weights, a shard at a time."""
-    return replace(
-        pruned, name="export", activations=0, copies=min(pruned.weights, int(_SHARD))
-    )
+    return replace(pruned, name="export", activations=0, copies=min(pruned.weights, int(_SHARD)))
 
 
 def _shared(phase: Phase, setup: Setup) -> Phase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -136,6 +137,20 @@ def skeleton(
         ) from error
     cast(Any, model).config.use_cache = False
     return model.train()
+
+
+def store_block_inputs(model: nn.Module) -> None:
+    """Switch gradient checkpointing on.
+
+    Args:
+        model: changed in place.
+    """
+    with warnings.catch_warnings():
+        # transformers 5.23 renames it; the old name works in all versions we serve.
+        warnings.simplefilter("ignore", FutureWarning)
+        cast(Any, model).gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
 
 
 def shrink(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module:

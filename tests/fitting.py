@@ -159,7 +159,7 @@ def weights(module: torch.nn.Module) -> dict[str, Tensor]:
 
 def gap(one: Sequence[float], other: Sequence[float]) -> float:
     """Largest difference of two loss curves of equal length."""
-    assert len(one) == len(other) and one, "curves of different length"
+    assert len(one) == len(other) > 0, "curves of different length"
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from plprune.errors import ConfigError, PlpruneError
 from plprune.lit import logs
 from plprune.lit.carry import require_readable
 from plprune.lit.data import LitTokens
-from plprune.lit.messages import is_refused_value, known_keys, readable
+from plprune.lit.messages import is_refused_value, known_keys, ours, readable
 from plprune.lit.model import LitCausalLM
 
 _PARTS: tuple[tuple[str, type], ...] = (
@@ -39,7 +40,12 @@ class PlpruneCLI(LightningCLI):
         Args:
             args: command line without the program name; None takes `sys.argv`.
             run: False only builds trainer, module and data.
+
+        Raises:
+            PlpruneError: for a configuration that cannot be used, in one message.
         """
+        raising: dict[str, Any] = {"exit_on_error": False}
+        each = {name: dict(raising) for name in self.subcommands()} if run else {}
         # Lightning wants scripts to use sys.argv; our programs and tests pass arguments on purpose.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         super().__init__(
@@ -47,6 +53,7 @@ class PlpruneCLI(LightningCLI):
             LitTokens,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True, "config_filename": "plprune_config.yaml"},
+            parser_kwargs={**raising, **each},
             args=list(args) if args is not None else None,
             run=run,
         )
@@ -128,19 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 fix="plprune --help",
             )
     except ValueError as error:
-        ours = _of_ours(error)
-        if ours is None:
+        found = ours(error)
+        if found is None:
             raise
-        sys.stderr.write(f"plprune: {ours}\n")
+        sys.stderr.write(f"plprune: {found}\n")
         return 2
     return 0
-
-
-def _of_ours(error: BaseException | None) -> PlpruneError | None:
-    """Our error behind one of the parser's, which wraps what a constructor raises."""
-    while error is not None and not isinstance(error, PlpruneError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _lazy(name: str) -> Callable[[Sequence[str]], None]:

@@ -95,7 +95,7 @@ def refuse_dora(model: nn.Module) -> None:
             "DoRA adapters cannot train on masked units",
             given="use_dora: true, and cuts that are only masked",
             allowed="smaller tensors at every cut: DoRA scales by a norm over all columns, "
-                "masked or not",
+            "masked or not",
             fix="set prune.commit: every",
         )
 
@@ -214,14 +214,15 @@ def require_structure(model: nn.Module, parts: Mapping[str, Any], *, pruned: boo
                 "the checkpoint is of a pruned model",
                 given=f"a checkpoint with {_first(saved['structure']['blocks'])}",
                 allowed=f"{_first(found)}, as the model in memory",
-                fix="use the config of the run with its `prune` key: plprune test --config RUN.yaml "
-                "--ckpt_path FILE (in a script: give the Trainer the same Prune callback)",
+                fix="use the config of the run with its `prune` key: plprune test --config RUN.yaml"
+                " --ckpt_path FILE (in a script: give the Trainer the same Prune callback)",
             )
     if parts.get("lora", {}).get("injected", False) and not any_adapter(unwrap(model)):
         raise CheckpointError(
             "the checkpoint has LoRA adapters",
             given="a model without",
-            fix="use the config of the run with its `lora` key (in a script: the same LoRARecovery)",
+            fix="use the config of the run with its `lora` key (in a script: the same "
+            "LoRARecovery)",
         )
 
 

@@ -109,7 +109,7 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _schedule(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row["widths"] or {}))
+    kinds = _changing(rows)
     rates = any(row["peak_learning_rate"] is not None for row in rows)
     head = ("cut", "step", *kinds, "steps after", "tokens after", *(["peak LR"] if rates else []))
     table: list[tuple[str, ...]] = [head]
@@ -127,6 +127,17 @@ def _schedule(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
             )
         )
     return table
+
+
+def _changing(rows: list[dict[str, Any]]) -> list[str]:
+    """Axis kinds that some cut changes; all of them without cuts."""
+    first = rows[0]["widths"]
+    found = [
+        kind
+        for kind in first
+        if any(row["widths"] is None or row["widths"][kind] != first[kind] for row in rows)
+    ]
+    return found or list(first)
 
 
 def _sizes(rows: list[dict[str, Any]], base: str) -> list[tuple[str, ...]]:

@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from plprune import schedule as schedules
+from plprune import cuts as planned
 from plprune.allocate import sizes_of, units_per_group
 from plprune.budget import Budget
 from plprune.count import count_flops, count_params, kv_cache_bytes, price
+from plprune.cuts import Cut
 from plprune.describe import describe
 from plprune.errors import PlpruneError
 from plprune.lit.run_length import accumulation, devices, run_length
+from plprune.lit.tables import span
 from plprune.memory import Setup, Stages, estimate, statistics_bytes
-from plprune.schedule import Cut, Length, Phase, TransActRamp
-from plprune.skeleton import config_of, shrink, skeleton
+from plprune.schedule import Length, Phase, TransActRamp
+from plprune.skeleton import config_of, shrink, skeleton, store_block_inputs
 from plprune.spec import Spec
 
 _HEAP = (
-    "a CPU's C library may keep freed memory: with MALLOC_MMAP_THRESHOLD_=65536 in the environment peaks are as "
-    "estimated, without it up to twice as high"
+    "a CPU's C library may keep freed memory: with MALLOC_MMAP_THRESHOLD_=65536 in the environment "
+    "peaks are as estimated, without it up to twice as high"
 )
 
 
@@ -97,7 +99,7 @@ def facts(run: Run) -> dict[str, Any]:
 def _cuts(run: Run, spec: Spec, length: Length) -> tuple[Cut, ...]:
     if run.pruner is None:
         return ()
-    return schedules.cuts(spec, run.pruner.method, run.pruner.budget, run.pruner.schedule, length)
+    return planned.cuts(spec, run.pruner.method, run.pruner.budget, run.pruner.schedule, length)
 
 
 def _phases(run: Run, length: Length) -> tuple[Phase, ...]:
@@ -186,8 +188,7 @@ def _memory(
     if run.lora is not None and run.lora.start == "last_cut":
         notes.append("lora.start: last_cut: memory is that of the full training before it")
     if run.model.checkpointed:
-        options = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        store_block_inputs(model)
     commits = _committed(run, len(cuts))
     small = [
         shrink(copy.deepcopy(model), sizes_of(spec, known[n - 1])) if known else model
@@ -268,16 +269,20 @@ def _notes(run: Run) -> list[str]:
     return notes
 
 
+def _words(budget: Budget) -> str:
+    kept = [] if budget.keep is None else [f"keep {budget.keep:g} of {budget.of} ({budget.base})"]
+    return ", ".join([*kept, *(f"{kind} {span(w)}" for kind, w in budget.widths.items())])
+
+
 def _about(run: Run, model: nn.Module, spec: Spec, length: Length) -> dict[str, Any]:
     pruner = run.pruner
     lora = None if run.lora is None else f"from {run.lora.start}, {run.lora.config or 'defaults'}"
-    budget = None if pruner is None else {k: v for k, v in pruner.budget.to_dict().items() if v}
     return {
         "model": run.model.pretrained,
         "model_class": type(model).__name__,
         "layers": len(spec.blocks),
         "method": "none" if pruner is None else type(pruner.method).__name__,
-        "budget": budget,
+        "budget": None if pruner is None else _words(pruner.budget),
         "commit": None if pruner is None else pruner.commit,
         "optimizer_state": None if pruner is None else pruner.optimizer_state,
         "steps": length.steps,

@@ -11,7 +11,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
+from plprune.drivers.progressive import Progressive, probe_loss
+from plprune.drivers.whole import Batch
 from plprune.errors import ConfigError, PlanError
+from plprune.lit import guard
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, commit
 from plprune.surgery.linear_like import shape_of
@@ -111,6 +114,25 @@ def recut(
     assert_consistent(trainer.lightning_module, trainer.strategy.optimizers)
     assert_shapes(model, applied.spec)
     return applied
+
+
+def commit_masked(trainer: Trainer, progressive: Progressive, probe: Batch, *, reset: bool) -> None:
+    """Make tensors smaller where units are masked, and check that the model computes the same.
+
+    Args:
+        trainer: running.
+        progressive: with masked units.
+        probe: a small batch to compare the loss on, outside autocast: rounding would hide a
+            wrong cut.
+        reset: drop optimizer state instead of cutting it.
+
+    Raises:
+        PlanError: if the losses differ by more than rounding, or as `recut`.
+    """
+    model = progressive.model
+    masked = probe_loss(model, probe)
+    progressive.committed(recut(trainer, model, progressive.spec, {}, reset=reset))
+    guard.require_close(masked, probe_loss(model, probe), next(model.parameters()).dtype)
 
 
 def _require_sliceable(

@@ -35,9 +35,8 @@ def test_masked_is_cut_with_adapters(name: str, start: Any) -> None:
     for commit in ("every", 1 if (name, start) == ("dora", "fit") else "last"):
         torch.manual_seed(1)
         module, pruner = User(variant="llama-gqa-bias"), prune(commit=commit)
-        trainable = []
-        count = lambda _, m: sum(p.requires_grad for p in m.parameters())  # noqa: E731
-        probe = fitting.Probe(lambda t, m, seen=trainable: seen.append(count(t, m)))
+        trainable: list[int] = []
+        probe = fitting.Probe(lambda _, m, seen=trainable: seen.append(trained(m)))
         fit(module, [pruner, LoRARecovery(ADAPTERS[name], start=start), probe])
         made.append((module, hashes(pruner)))
         # Plain again: no wrapper, no adapter tensor, everything trainable as before.
@@ -57,15 +56,18 @@ def test_masked_is_cut_with_adapters(name: str, start: Any) -> None:
     close(weights(now), weights(later))
 
 
+def trained(module: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.requires_grad for p in module.parameters())
+
+
 def test_dora_is_not_trained_on_masked_units() -> None:
     with pytest.raises(ConfigError) as caught:
         fit(User(), [prune(commit=2), LoRARecovery({"use_dora": True})])
     assert str(caught.value) == (
         "DoRA adapters cannot train on masked units: given use_dora: true, and cuts that are only "
-        "masked; allowed "
-        "smaller tensors at every cut: the scale of DoRA is a norm over all columns, masked or "
-        "not; fix: set "
-        "prune.commit: every"
+        "masked; allowed smaller tensors at every cut: DoRA scales by a norm over all columns, "
+        "masked or not; fix: set prune.commit: every"
     )
 
 

@@ -1,6 +1,7 @@
 """What a cut must leave alone: learning rates, groups, moments of what stays, precision."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 import fitting
+import tiny
 from fitting import User, Validated, fit, gap, hashes, prune
 from plprune.errors import PlanError
+from plprune.lit.model import LearningRate, LitCausalLM
 from plprune.lit.recut import assert_consistent, rebuild_optimizers
+from plprune.schedule import Length, TransActRamp, learning_rate
 from plprune.surgery.state import Swap
 
 
@@ -196,7 +200,7 @@ def test_a_parameter_in_two_groups_is_noticed() -> None:
 def test_a_stale_parameter_is_noticed() -> None:
     module, optimizer = trained()
     optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(1)))
-    with pytest.raises(PlanError, match="0 trainable .* 1 stale parameters"):
+    with pytest.raises(PlanError, match=r"0 trainable .* 1 stale parameters"):
         assert_consistent(module, [optimizer])
 
 
@@ -221,7 +225,7 @@ def test_rebuilding_keeps_rates_set_by_hand() -> None:
     def rebuild(trainer: Trainer, module: Any) -> None:
         if trainer.global_step == 4:
             trainer.strategy.optimizers[0].param_groups[0]["lr"] = 0.007
-            state = {p: s for p, s in trainer.strategy.optimizers[0].state.items()}
+            state = dict(trainer.strategy.optimizers[0].state)
             rebuild_optimizers(trainer)
             found.append(trainer.strategy.optimizers[0].param_groups[0]["lr"])
             assert trainer.strategy.optimizers[0].state == state
@@ -244,3 +248,20 @@ def _without_dropout() -> list[float]:
     module = User()
     fit(module, [prune()])
     return module.losses
+
+
+def test_rates_start_over_after_every_cut_of_the_ramp(tmp_path: Path) -> None:
+    tiny.model(dtype=torch.float32).save_pretrained(tmp_path)
+    ramp = TransActRamp(cuts=3, tokens=24, tokens_per_step=2)  # 2, 4 and 6 steps, then recovery
+    rate = LearningRate(peak=1e-3, warmup=0.5, per_phase=True)
+    module, rates = LitCausalLM(str(tmp_path), learning_rate=rate), list[float]()
+    probe = fitting.Probe(lambda t, _: rates.append(t.optimizers[0].param_groups[0]["lr"]))
+    rows = [{"input_ids": row, "labels": row} for row in fitting.blocks(64)]
+    data = torch.utils.data.DataLoader(rows, batch_size=4)
+    fit(module, [prune(ramp), probe], data=data, val=fitting.val_loader(), max_steps=15)
+    phases = ramp.phases(Length(steps=15, steps_per_epoch=16))
+    assert [(p.start, p.peak) for p in phases] == [(0, 2 / 3), (2, 4 / 3), (6, 2.0), (12, 1.0)]
+    expected = [1e-3 * learning_rate(step, phases, warmup=0.5) for step in range(16)]
+    assert rates == pytest.approx(expected)
+    assert max(rates[:2]) == pytest.approx(2e-3 / 3)
+    assert max(rates) == pytest.approx(2e-3)

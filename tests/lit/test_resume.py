@@ -32,8 +32,9 @@ STEPS = 12
 # Seven batches an epoch, two a step: steps end with batches 1 3 5 6 | 8 10 12 13 | 15 ... (from 0);
 # cuts after 2, 5, 8.
 KILLS = {3: 1, 4: 2, 7: 4, 10: 5, 14: 8}
-"""Batch at whose start the process dies -> optimizer steps saved: inside a window before the first cut, right after
-a cut, at the start of an epoch, inside a window after the second cut, right after the last cut."""
+"""Batch at whose start the process dies -> optimizer steps saved: inside a window before the first
+cut, right after a cut, at the start of an epoch, inside a window after the second cut, right after
+the last cut."""
 
 
 class Killed(Callback):
@@ -51,7 +52,7 @@ class Killed(Callback):
 
 
 def run(folder: Path, kind: str, *, kill: Callback | None = None, resume: bool = False) -> Any:
-    """A run with LoRA dropout 0.1 on LitTokens-like batches; 7 batches an epoch, validation every 3.
+    """A run with LoRA dropout 0.1 on LitTokens-like batches; 7 batches an epoch.
 
     Args:
         folder: of its checkpoints.
@@ -256,12 +257,18 @@ def test_a_model_cut_differently_is_refused_with_the_command(finished: Path) -> 
 
 def test_masks_of_a_checkpoint_come_back(finished: Path) -> None:
     module, pruner = User(), prune(commit=2)
-    made = fitting.trainer([pruner], max_steps=4)
-    made.fit(module, fitting.loader(), ckpt_path=finished / "step=3.ckpt")
-    assert pruner.progressive.pending
-    assert len(pruner.progressive.masks) > 0
     state = torch.load(finished / "step=4.ckpt", weights_only=True)["state_dict"]
-    close(weights(module), state)
+
+    def compare(trainer: Any, _: Any) -> int:
+        if trainer.global_step == 4:
+            assert pruner.progressive.pending
+            close(weights(module), state)
+        return len(pruner.progressive.masks)
+
+    probe = fitting.Probe(compare)
+    fit(module, [pruner, probe], ckpt_path=finished / "step=3.ckpt", max_steps=9)
+    assert probe.seen[0] == probe.seen[1] > 0  # before and after step 4
+    assert probe.seen[-1] == 0
 
 
 def test_without_the_callback_torch_refuses_the_sizes(finished: Path) -> None:
