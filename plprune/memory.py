@@ -1,17 +1,19 @@
 """How much memory a run needs, phase by phase, before anything is loaded.
 
-A training step is run on tensors that have shapes and no data (torch's fake tensors), and what it would allocate is
-added up; nothing is assumed about the architecture. Against the measured peak of a process that trains SmolLM2-135M
-(CPU, 2 x 512 tokens, AdamW, above what it held before the model was loaded):
+A training step is run on tensors that have shapes and no data (torch's fake tensors), and what it
+would allocate is added up; nothing is assumed about the architecture. Against the measured peak of
+a process that trains SmolLM2-135M (CPU, 2 x 512 tokens, AdamW, above what it held before the model
+was loaded):
 
     32-true, all weights                      estimate 4.09 GB   measured 3.98 GB   + 2.8 %
     32-true, LoRA of rank 16                           2.60               2.52      + 3.1 %
     32-true, all, gradient checkpointing               2.63               2.68      - 1.8 %
     bf16-mixed, all weights                            3.94               3.92      + 0.7 %
 
-That is with `MALLOC_MMAP_THRESHOLD_=65536`, with which the C library returns freed tensors. By default glibc keeps
-them on its heap and the first two runs peak at 5.47 GB and 4.92 GB; other systems and GPUs have allocators of their
-own. Interpreter, libraries, CUDA context and fragmentation are not counted.
+That is with `MALLOC_MMAP_THRESHOLD_=65536`, with which the C library returns freed tensors. By
+default glibc keeps them on its heap, and the first two runs peak at 5.47 GB and 4.92 GB; other
+systems and GPUs have allocators of their own. Interpreter, libraries, CUDA context and
+fragmentation are not counted.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ _PRECISIONS: Mapping[str, tuple[torch.dtype | None, bool]] = {
     "16-true": (torch.float16, False),
     "64-true": (torch.float64, False),
 }
-"""Number format weights are converted to (None: as loaded), and whether the forward pass runs under autocast."""
+"""Number format weights are converted to (None: as loaded), and whether there is autocast."""
 _ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 _SHARD = 5e9  # bytes of one weight file of an export
 
@@ -215,7 +217,8 @@ def observing(model: nn.Module, setup: Setup, *, logits: bool) -> int:
     Args:
         model: on the meta device.
         setup: with the size of a calibration batch.
-        logits: one sequence with the loss, as in the check of a cut; otherwise a calibration batch without logits.
+        logits: one sequence with the loss, as in the check of a cut; otherwise a calibration batch
+            without logits.
 
     Returns:
         Bytes.

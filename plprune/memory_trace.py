@@ -6,7 +6,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all tensors that are alive, and their peak."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
 
@@ -77,12 +77,13 @@ def fake_copy(
     with FakeTensorMode(), Live() as live:
         made: dict[int, Tensor] = {}
         for module in twin.modules():
-            for table in (module._parameters, module._buffers, module.__dict__):
-                for name, tensor in cast("dict[str, Any]", table).items():
+            tables: list[Any] = [module._parameters, module._buffers, module.__dict__]
+            for table in tables:
+                for name, tensor in table.items():
                     if isinstance(tensor, Tensor):
                         if id(tensor) not in made:  # tied tensors stay tied
                             made[id(tensor)] = _empty(tensor, dtype)
-                        table[name] = made[id(tensor)]  # type: ignore[index]
+                        table[name] = made[id(tensor)]
         yield twin, live
 
 

@@ -1,4 +1,4 @@
-"""A model on the meta device from its config alone: shapes without weights, for plans and checks."""
+"""A model on the meta device from its config alone: shapes without weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def config_of(pretrained: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Config of a model: of a local folder, of the hub cache, or a shipped shape. Nothing is downloaded.
+    """Config of a model: of a folder, of the hub cache, or a shipped shape. Downloads nothing.
 
     Args:
         pretrained: folder or hub id.
@@ -48,13 +48,14 @@ def config_of(pretrained: str, *, trust_remote_code: bool = False) -> Pretrained
         )
     source = str(folder) if folder.is_dir() else pretrained
     try:
-        return AutoConfig.from_pretrained(
+        found: PretrainedConfig = AutoConfig.from_pretrained(
             source, local_files_only=True, trust_remote_code=trust_remote_code
         )
+        return found
     except Exception as error:  # many kinds: OSError, ValueError, strict configs of their own
         shape = None if folder.is_dir() else shipped_shape(pretrained)
         if shape is not None:
-            return cast("PretrainedConfig", AutoConfig.for_model(**shape))
+            return AutoConfig.for_model(**shape)
         if folder.is_dir():
             raise ModelError(
                 "config.json cannot be used",
@@ -81,7 +82,7 @@ def shipped_shape(name: str) -> dict[str, Any] | None:
     """
     if name not in shipped_shapes():
         return None
-    file = files("plprune.configs").joinpath("shapes", name.replace("/", "--") + ".json")
+    file = files("plprune.configs").joinpath("shapes").joinpath(name.replace("/", "--") + ".json")
     return cast("dict[str, Any]", json.loads(file.read_text("utf-8")))
 
 
@@ -106,7 +107,8 @@ def skeleton(
     Args:
         config: its config; not changed.
         dtype: of the weights; None: what the config says, else float32.
-        attn_implementation: as in transformers; flash attention counts as sdpa, which needs no package.
+        attn_implementation: as in transformers; flash attention counts as sdpa, which needs no
+            package.
         trust_remote_code: allow Python code of the folder to run.
 
     Returns:

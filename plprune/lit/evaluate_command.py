@@ -26,7 +26,7 @@ def run(args: Sequence[str]) -> None:
     given = _parser().parse_args(list(args))
     windows = _windows(given.windows)
     source_kind(given.text)  # refuses a mistyped path before a model is loaded
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     measured = {}
     if given.dense is not None:
         measured["dense"] = _measure(given, given.dense, windows)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from plprune.callbacks.export import require_writable
-from plprune.errors import CheckpointError, ConfigError, ExportError
+from plprune.errors import CheckpointError, ConfigError
 from plprune.lit.carry import KEY, require_readable
 from plprune.lit.messages import Parser
 from plprune.lit.restored import Restored, restore
+from plprune.load import STRUCTURE_FILE
 
 CONFIG = "plprune_config.yaml"
 
@@ -24,8 +25,7 @@ def run(args: Sequence[str]) -> None:
     """
     given = _parser().parse_args(list(args))
     out = Path(given.out).expanduser()
-    require_writable(out, overwrite=given.overwrite)
-    _require_ours(out)
+    require_writable(out, overwrite=given.overwrite, ours=lambda names: STRUCTURE_FILE in names)
     checkpoint = read_checkpoint(given.ckpt_path)
     settings = read_settings(given.config, Path(given.ckpt_path))
     made = restore(checkpoint, _base(given, settings), settings)
@@ -123,20 +123,6 @@ def _base(given: Any, settings: Mapping[str, Any]) -> str:
             fix="give --base DIR, or --config with the configuration of the run",
         )
     return str(base)
-
-
-def _require_ours(out: Path) -> None:
-    """With --overwrite, refuse now what the writer would refuse after the work."""
-    from plprune.load import STRUCTURE_FILE
-
-    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not empty and not (out / STRUCTURE_FILE).is_file():
-        raise ExportError(
-            "will not overwrite something that is no export of plprune",
-            given=str(out),
-            allowed=f"a folder with {STRUCTURE_FILE}, or an empty one",
-            fix="choose another directory, or remove this one yourself",
-        )
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""Errors of the configuration parser in plprune's words: what was given, what is allowed, how to fix it."""
+"""Errors of the configuration parser in plprune's words."""
 
 from __future__ import annotations
 

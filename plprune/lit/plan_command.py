@@ -1,4 +1,4 @@
-"""`plprune plan`: what `fit` would do with the same configuration; nothing is loaded, written or downloaded."""
+"""`plprune plan`: what `fit` would do with the same configuration; nothing is loaded or written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from plprune.lit.tables import lines, put_json, share, short, show, span
 
 HELP = """usage: plprune plan --config FILE [--config FILE ...] [--key value ...] [--json FILE]
 
-Print the schedule, widths, sizes and memory of `plprune fit` with the same arguments. Reads the config of the model
-only (a local folder, the hub cache, or a shape that ships with plprune); reads the training text only if
-trainer.max_steps is not set.
+Print the schedule, widths, sizes and memory of `plprune fit` with the same arguments. Of the model
+only its config is read (a local folder, the hub cache, or a shape that ships with plprune), of the
+training text nothing if trainer.max_steps is set. Nothing is written or downloaded.
 
   --json FILE   also write the plan there; - for standard output only
 
@@ -101,10 +101,10 @@ def _show(found: dict[str, Any]) -> None:
             table.append((kind, span(pair["dense"]), span(pair["kept"]), share(kept)))
         show("Final widths", table)
     if found["memory"]:
-        table = [("phase", *_MEMORY)]
+        memory: list[tuple[str, ...]] = [("phase", *_MEMORY)]
         for phase in found["memory"]:
-            table.append((phase["name"], *(short(phase[part], "B") for part in _MEMORY)))
-        show("Peak memory on one device", table)
+            memory.append((phase["name"], *(short(phase[part], "B") for part in _MEMORY)))
+        show("Peak memory on one device", memory)
     lines("Notes", [("-", note) for note in found["notes"]])
 
 

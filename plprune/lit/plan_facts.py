@@ -151,7 +151,7 @@ def _widths(spec: Spec, cut: Cut | None) -> dict[str, list[int]] | None:
 def _stretches(
     rows: list[dict[str, Any]], phases: tuple[Phase, ...], length: Length
 ) -> list[dict[str, Any]]:
-    """Fill in how long is trained after each row; phases that begin without a cut become rows of their own."""
+    """Fill in the training after each row; a phase that begins without a cut gets a row."""
     rows[0]["steps"] = 0
     cut_steps = {row["step"] for row in rows}
     starts = sorted({*cut_steps, *(phase.start for phase in phases)})
@@ -247,7 +247,7 @@ def _on_gpu(run: Run) -> bool:
 
 
 def _strategy(run: Run) -> str:
-    """The strategy by its name in `plprune.memory.SHARDED`; one that is not known shares nothing."""
+    """Its name in `plprune.memory.SHARDED`; a strategy that is not known shares nothing."""
     given = run.trainer.get("strategy", "auto")
     text = str(given if isinstance(given, str) else given.get("class_path", "")).lower()
     if "deepspeed" in text:

@@ -1,4 +1,4 @@
-"""How long a run will be, from its configuration: what `plprune.lit.guard.length_of` reads off a trainer."""
+"""How long a run will be, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _DEFAULT_EPOCHS = 1000  # Lightning's, when neither steps nor epochs nor time ar
 def run_length(trainer: Any, data: Any, schedule: Schedule | None) -> Length:
     """Optimizer steps of a run and of an epoch.
 
-    The training text is read only if the number of steps follows from it, or the schedule counts epochs.
+    The training text is read only if the number of steps follows from it, or the schedule counts
+    epochs.
 
     Args:
         trainer: arguments of the trainer, by name.
@@ -94,8 +95,8 @@ def _batches(trainer: Any, data: Any) -> int:
             fix="set trainer.max_steps (and leave trainer.max_epochs unset)",
         )
     blocks = len(data.training().blocks)
-    batches = blocks // (data.batch_size * devices(trainer))
+    batches: int = blocks // (data.batch_size * devices(trainer))
     limit = trainer.get("limit_train_batches")
     if limit is None:
         return batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return int(min(batches, limit) if isinstance(limit, int) else batches * limit)

@@ -24,4 +24,4 @@ class Energy(Stat):
 
     def update(self, x_NC: Tensor) -> Energy:
         """Add x^2 summed over rows."""
-        return replace(self, xx_C=self.xx_C + torch.einsum("nc,nc->c", x_NC, x_NC))
+        return replace(self, xx_C=self.xx_C + x_NC.square().sum(0))

@@ -45,7 +45,7 @@ BLOCKED = (*LIGHTNING, *HEAVY, "accelerate", "jsonargparse", "rich", "torchmetri
 
 OUTER = ("plprune.lit", "plprune.callbacks")
 PROGRAMS = ("plprune.__main__", "plprune.quickstart")
-COMMAND_LINE = ("plprune.lit.cli", "plprune.lit.commands")
+COMMAND_LINE = "plprune.lit.cli"  # and `plprune.lit.<name>_command`
 FORBIDDEN_TO_METHODS = ("plprune.surgery", "plprune.drivers", "plprune.dist", "transformers")
 
 
@@ -134,7 +134,7 @@ def surgery_knows_method(module: str, found: Import) -> bool:
 
 
 def lit_knows_callback(module: str, found: Import) -> bool:
-    if module in COMMAND_LINE:
+    if module == COMMAND_LINE or module.endswith("_command"):
         return False
     return within(module, "plprune.lit") and within(found.name, "plprune.callbacks")
 

@@ -21,7 +21,10 @@ PARAMETERS = 8
 
 # Exceptions, each with the reason why splitting would read worse: "path" for a file,
 # "path::Class.function" for a function. One that is no longer needed fails the test.
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    # Every argument is a key of the `data:` section; nested objects would make YAMLs longer.
+    "plprune/lit/data.py::LitTokens.__init__": "keys of a config",
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -1,0 +1,543 @@
+"""plan, evaluate, export and report, and what the parser says about mistakes."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import tiny
+from plprune.callbacks import Prune
+from plprune.drivers.progressive import Progressive
+from plprune.errors import ConfigError
+from plprune.lit.cli import PlpruneCLI, main
+from plprune.lit.data import LitTokens
+from plprune.lit.messages import readable
+from tiny_tokenizer import tiny_tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+IDS = torch.arange(3, 20)[None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model with a tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_tokenizer(folder)
+    tiny.model(dtype=torch.float32, vocab_size=256).save_pretrained(folder)
+    words = [f"{a} {b} {a}{b}" for a in ["the", "cat", "of", "a"] for b in ["sat", "on", "mat"]]
+    (folder / "text.txt").write_text(" ".join(words * 60), encoding="utf-8")
+    return folder
+
+
+def config(base: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """Six steps, cuts after 2 and 4, a checkpoint of every step; `a__b` changes key a.b."""
+    saver = {"dirpath": str(out / "ckpt"), "filename": "{step}", "every_n_train_steps": 1}
+    text = str(base / "text.txt")
+    values: dict[str, Any] = {
+        "seed_everything": 1,
+        "model": {"pretrained": str(base), "learning_rate": {"peak": 0.01}},
+        "data": {
+            "train": text,
+            "val": text,
+            "tokenizer": str(base),
+            "seq_len": 16,
+            "batch_size": 2,
+            "val_windows": 4,
+            "calibration_samples": 4,
+            "max_train_tokens": 400,
+        },
+        "prune": {
+            "method": {"class_path": "plprune.methods.transact.TransAct"},
+            "budget": {"keep": 0.7, "widths": {"kv_group": 2}, "multiple_of": {"mlp": 4}},
+            "schedule": {
+                "class_path": "plprune.schedule.Linear",
+                "init_args": {"cuts": 2, "begin": 2, "end": 4, "unit": "step"},
+            },
+        },
+        "trainer": {
+            "max_steps": 6,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "limit_val_batches": 0,
+            "default_root_dir": str(out),
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {**saver, "save_top_k": -1},
+                }
+            ],
+        },
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = values
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return values
+
+
+def written(path: Path, values: dict[str, Any]) -> str:
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / "run.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def fitted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PlpruneCLI, Path]:
+    """A run with adapters; its last checkpoint is from before they are merged."""
+    out = tmp_path_factory.mktemp("fitted")
+    values = config(base, out, lora__config={"r": 2}, lora__start="fit")
+    values["report"] = {"directory": str(out / "report"), "measure_speed": False, "prompts": []}
+    return PlpruneCLI(["fit", "--config", written(out, values)]), out
+
+
+def planned(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    assert main(["plan", *args, "--json", "-"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    capsys.readouterr()
+    assert main(list(args)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("plprune:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# -- plan ----------------------------------------------------------------------------------------
+
+
+def test_plan_says_what_fit_did(
+    fitted: tuple[PlpruneCLI, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli, out = fitted
+    found = planned(capsys, "--config", str(out / "run.yaml"))
+    pruner = next(c for c in cli.trainer.callbacks if isinstance(c, Prune))
+    history = pruner.progressive.history
+    assert [row["step"] for row in found["cuts"]] == [record["step"] for record in history]
+    for row, record in zip(found["cuts"], history, strict=True):
+        assert row["params"] == {k: int(v) for k, v in record["params_after"].items()}
+        for kind in ("kv_group", "mlp"):
+            assert row["widths"][kind] == record["widths_after"][kind]
+    assert found["run"]["steps"] == cli.trainer.global_step == 6
+    assert [row["steps"] for row in (found["dense"], *found["cuts"])] == [2, 2, 2]
+    assert found["cuts"][-1]["tokens"] == 2 * 2 * 16
+    assert found["cuts"][-1]["kept"] <= 0.7 < found["dense"]["kept"] == 1
+    assert [p["name"] for p in found["memory"]][:3] == ["load", "observe", "cut"]
+
+
+def test_plan_reads_no_text_if_the_steps_are_given(
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = written(tmp_path, config(base, tmp_path))
+    empty = tmp_path / "cwd"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    before = sorted(tmp_path.rglob("*"))
+    read: list[bool] = []
+    original = LitTokens.training
+    monkeypatch.setattr(LitTokens, "training", lambda self: (read.append(True), original(self))[1])
+    planned(capsys, "--config", file)
+    assert not read
+    by_epoch = planned(capsys, "--config", file, "--trainer.max_steps=-1", "--trainer.max_epochs=2")
+    assert read
+    blocks = len(PlpruneCLI(["--config", file], run=False).datamodule.training().blocks)
+    assert by_epoch["run"]["steps"] == 2 * (blocks // 2)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plan_needs_the_config_of_the_model_only(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "config_only"
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+    file = written(tmp_path, config(base, tmp_path))
+    with_weights = planned(capsys, "--config", file)
+    alone = planned(capsys, "--config", file, "--model.pretrained", str(folder))
+    assert alone["cuts"] == with_weights["cuts"]
+    assert alone["memory"] == with_weights["memory"]
+
+
+def test_plan_of_a_dense_run(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(base, tmp_path)
+    del values["prune"]
+    found = planned(capsys, "--config", written(tmp_path, values))
+    assert found["cuts"] == []
+    assert [p["name"] for p in found["memory"]] == ["load", "train", "export"]
+
+
+def test_plan_as_text(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "plan.json"
+    file = written(tmp_path, config(base, tmp_path))
+    assert main(["plan", "--config", file, "--json", str(target)]) == 0
+    text = capsys.readouterr().out
+    for title in ("Run", "Schedule", "Size", "Final widths", "Peak memory on one device"):
+        assert f"{title}\n" in text
+    assert json.loads(target.read_text("utf-8"))["run"]["steps"] == 6
+    rows = text.split("Schedule\n")[1].split("\n\n")[0].splitlines()
+    assert rows[0].split("  ")[0] == "cut"
+    assert [row.split()[:2] for row in rows[1:]] == [["dense", "0"], ["1", "2"], ["2", "4"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"prune__budget__keep": 1.7}, "budget.keep out of range: given 1.7"),
+        ({"prune__budget__keep": 0.01}, "no widths meet the budget"),
+        ({"prune__budget__widths": {"kv_group": 9}}, "kv_group width 9 requested for block 0"),
+        ({"prune__budget__widths": {"head": 1}}, "unknown axis kind budget.widths.head"),
+        ({"prune__budget": None}, "a pruning method without a budget"),
+        ({"trainer__max_steps": 3}, "a cut at step 4.0 lies outside the run"),
+        ({"prune__schedule__init_args": {"cuts": 9}}, "two cuts fall on one optimizer step"),
+    ],
+)
+def test_plan_and_fit_refuse_alike(
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    text: str,
+) -> None:
+    file = written(tmp_path, config(base, tmp_path, **change))
+    by_plan = refused(capsys, "plan", "--config", file)
+    assert text in by_plan
+    assert refused(capsys, "fit", "--config", file) == by_plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model__pretrained": "org/nobody"}, "the shape of the model is not known here: given"),
+        ({"model__pretrained": "."}, "no config.json in the folder: given ."),
+        (
+            {"trainer__max_steps": -1, "data__train": "some/hub-data"},
+            "the length of the run is not known without reading from a hub: given some/hub-data",
+        ),
+        ({"trainer__max_steps": 0}, "the run has no known end"),
+        ({"trainer__precision": "transformer-engine"}, "no memory estimate for this precision"),
+    ],
+)
+def test_plan_refuses_what_it_cannot_know(
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, config(base, tmp_path, **changes))
+    assert text in refused(capsys, "plan", "--config", file)
+
+
+# -- parser --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["fit", "plan"])
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"trainer__max_stepz": 3}, ["unknown key: given trainer.max_stepz", "max_steps?"]),
+        ({"data__seq_lenn": 3}, ["unknown key: given data.seq_lenn", "did you mean data.seq_len?"]),
+        ({"prun": {"commit": "last"}}, ["unknown key: given prun", "did you mean prune"]),
+        (
+            {"prune__method__class_path": "plprune.methods.transact.TransAkt"},
+            ["prune.method", "has no attribute 'TransAkt'", "check the spelling of class_path"],
+        ),
+        (
+            {"prune__method__class_path": "plprune.methodz.x.Y"},
+            ["prune.method", "No module named 'plprune.methodz'"],
+        ),
+        (
+            {"prune__schedule__init_args": {"cutz": 3}},
+            ["prune.schedule", "Option 'cutz' is not accepted"],
+        ),
+        ({"data__seq_len": "long"}, ["data.seq_len"]),
+    ],
+)
+def test_a_mistake_in_the_yaml_gets_one_line(
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    change: dict[str, Any],
+    parts: list[str],
+) -> None:
+    found = refused(
+        capsys, command, "--config", written(tmp_path, config(base, tmp_path, **change))
+    )
+    assert [part for part in parts if part not in found] == []
+    assert "plprune fit --help lists every key" in found
+
+
+def test_mistakes_on_the_command_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, config(base, tmp_path))
+    text = refused(capsys, "fit", "--config", file, "--trainer.max_stepz", "3")
+    assert "unknown key: given trainer.max_stepz; fix: did you mean trainer.max_steps?" in text
+    assert "File does not exist" in refused(capsys, "fit", "--config", "missing.yaml")
+    (tmp_path / "broken.yaml").write_text("model: [\n", encoding="utf-8")
+    text = refused(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
+    assert "cannot read the configuration: given Problems parsing config" in text
+    assert "unknown command: given fitt; allowed fit, " in refused(capsys, "fitt")
+
+
+def test_errors_of_others_pass_through_unchanged() -> None:
+    own = ConfigError("ours")
+    wrapped = ValueError("theirs")
+    wrapped.__cause__ = own
+    assert readable(wrapped, "fit") is own
+
+
+@pytest.mark.parametrize("command", ["plan", "evaluate", "export", "report"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    assert f"usage: plprune {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "report"])
+def test_unknown_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"see plprune {command} --help" in refused(capsys, command, "--nope")
+
+
+# -- evaluate ------------------------------------------------------------------------------------
+
+
+def evaluated(tmp_path: Path, *args: str) -> dict[str, Any]:
+    target = tmp_path / "scores.json"
+    assert main(["evaluate", *args, "--json", str(target)]) == 0
+    found: dict[str, Any] = json.loads(target.read_text("utf-8"))
+    return found
+
+
+def test_evaluate_equals_the_plain_formula(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = base / "text.txt"
+    found = evaluated(tmp_path, str(base), "--text", str(text), "--windows", "3", "--seq_len", "20")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    rows = text.read_text("utf-8") + "\n"
+    ids = torch.tensor(AutoTokenizer.from_pretrained(base)(rows)["input_ids"])
+    losses = []
+    with torch.no_grad():
+        for window in ids[:60].reshape(3, 1, 20):
+            logits = model(window).logits[0, :-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]))
+    expected = float(torch.stack(losses).mean().exp())
+    assert found["model"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    protocol = found["model"]["protocol"]
+    assert (protocol["windows"], protocol["seq_len"]) == (3, 20)
+    assert found["model"]["sizes"]["params"]["model"] == sum(p.numel() for p in model.parameters())
+    shown = capsys.readouterr().out
+    assert f"{expected:.4f}" in shown
+    assert protocol["token_sha256"] in shown
+    assert "LlamaForCausalLM" in shown
+
+
+def test_evaluate_against_a_dense_model(base: Path, tmp_path: Path) -> None:
+    args = ("--text", str(base / "text.txt"), "--windows", "all", "--seq_len", "32")
+    found = evaluated(tmp_path, str(base), *args, "--dense", str(base), "--dtype", "bfloat16")
+    assert found["comparison"]["perplexity_ratio"] == 1
+    assert set(found["comparison"]["params_kept"].values()) == {1.0}
+    assert found["dense"]["protocol"]["dtype"] == "bfloat16"
+    assert found["dense"]["protocol"]["windows"] > 40
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["{base}", "--text", "{base}/none.txt"], "text file or folder not found"),
+        (["{base}/none", "--text", "{base}/text.txt"], "no such model folder"),
+        (["{base}", "--text", "{base}/text.txt", "--windows", "0"], "--windows out of range"),
+        (["{base}", "--text", "{base}/text.txt", "--seq_len", "1"], "evaluation windows out of"),
+        (["{base}"], "the following arguments are required: --text"),
+        (["{base}", "--text", "pydoc", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (
+            ["{base}", "--text", "pydoc", "--windows", "1", "--json", "{base}/none/x.json"],
+            "cannot write the JSON file",
+        ),
+    ],
+)
+def test_evaluate_refuses(
+    base: Path, capsys: pytest.CaptureFixture[str], args: list[str], text: str
+) -> None:
+    assert text in refused(capsys, "evaluate", *(arg.format(base=base) for arg in args))
+
+
+# -- export --------------------------------------------------------------------------------------
+
+
+def loaded(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(IDS).logits
+    return out
+
+
+def test_export_of_the_last_checkpoint_is_the_trained_model(
+    fitted: tuple[PlpruneCLI, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli, out = fitted
+    file = out / "ckpt" / "step=6.ckpt"
+    assert any("lora_A" in name for name in torch.load(file, weights_only=True)["state_dict"])
+    assert main(["export", "--ckpt_path", str(file), "--out", str(tmp_path / "model")]) == 0
+    assert "exported to" in capsys.readouterr().out
+    made = loaded(tmp_path / "model")
+    assert not any("lora" in name for name, _ in made.named_parameters())
+    torch.testing.assert_close(logits(made), logits(cli.model.model.eval()))
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    structure = json.loads((tmp_path / "model" / "plprune_structure.json").read_text("utf-8"))
+    assert structure["training"] == "6 optimizer steps"
+    assert structure["method"] == "TransAct"
+
+
+def test_export_of_a_dense_checkpoint(
+    fitted: tuple[PlpruneCLI, Path], base: Path, tmp_path: Path
+) -> None:
+    _, out = fitted
+    args = ["export", "--ckpt_path", str(out / "ckpt" / "step=1.ckpt"), "--mode", "per_layer"]
+    assert main([*args, "--out", str(tmp_path / "model"), "--dtype", "bfloat16"]) == 0
+    made = loaded(tmp_path / "model")
+    assert next(made.parameters()).dtype == torch.bfloat16
+    assert type(made).__name__ == "PlpruneLlamaForCausalLM"
+    assert made.num_parameters() == loaded(base).num_parameters()
+
+
+def test_masked_units_are_cut(base: Path, tmp_path: Path) -> None:
+    values = config(base, tmp_path, prune__commit="last")
+    values["prune"]["schedule"]["init_args"]["end"] = 5
+    PlpruneCLI(["fit", "--config", written(tmp_path, values)])
+    file = tmp_path / "ckpt" / "step=3.ckpt"
+    content = torch.load(file, weights_only=True)
+    dense = loaded(base)
+    progressive = Progressive(dense)
+    progressive.restore(content["plprune"]["prune"])
+    assert progressive.pending
+    weights = {n.removeprefix("model."): t for n, t in content["state_dict"].items()}
+    dense.load_state_dict(weights)
+    assert main(["export", "--ckpt_path", str(file), "--out", str(tmp_path / "model")]) == 0
+    made = loaded(tmp_path / "model")
+    assert made.num_parameters() < dense.num_parameters()
+    torch.testing.assert_close(logits(made), logits(dense))
+
+
+def test_export_finds_or_takes_the_base(
+    fitted: tuple[PlpruneCLI, Path], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = fitted
+    lonely = tmp_path / "lonely" / "a" / "b" / "c"
+    lonely.mkdir(parents=True)
+    file = shutil.copy(out / "ckpt" / "step=6.ckpt", lonely)
+    args = ["export", "--ckpt_path", str(file), "--out", str(tmp_path / "model")]
+    assert "the base model is not known" in refused(capsys, *args)
+    with_base = [*args, "--base", str(base)]
+    assert "LoRA adapters whose scale is not known" in refused(capsys, *with_base)
+    assert main([*args, "--config", str(out / "run.yaml")]) == 0
+    assert "the target directory exists" in refused(capsys, *args, "--config", "x.yaml")
+    assert main([*args, "--config", str(out / "run.yaml"), "--overwrite"]) == 0
+
+
+def test_export_refuses(
+    fitted: tuple[PlpruneCLI, Path],
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, out = fitted
+    good, target = out / "ckpt" / "step=6.ckpt", tmp_path / "model"
+
+    def said(file: Path, *more: str) -> str:
+        found = refused(capsys, "export", "--ckpt_path", str(file), "--out", str(target), *more)
+        assert not target.exists()
+        return found
+
+    assert "there is no such checkpoint" in said(tmp_path / "none.ckpt")
+    short = tmp_path / "short.ckpt"
+    short.write_bytes(good.read_bytes()[:-2000])
+    assert "the checkpoint is damaged" in said(short)
+    assert "sharded checkpoints come with their strategies" in said(out)
+    other = tmp_path / "other"
+    tiny.model("llama-mha", dtype=torch.float32, vocab_size=256).save_pretrained(other)
+    assert "the structure belongs to another base model" in said(good, "--base", str(other))
+    content = torch.load(good, weights_only=True)
+    del content["plprune"]
+    bare = out / "ckpt" / "bare.ckpt"
+    torch.save(content, bare)
+    text = said(bare)
+    assert "the weights do not fit the base model" in text
+    assert "no pruning structure in the checkpoint" in text
+    content["state_dict"] = {"weight": torch.zeros(1)}
+    torch.save(content, bare)
+    assert "need exactly one language model in the checkpoint" in said(bare)
+    torch.save([1], bare)
+    assert "the file holds no weights" in said(bare)
+    bare.unlink()
+
+
+def test_export_never_unpickles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "code.ckpt"
+    torch.save({"state_dict": {}, "code": Path}, file)
+    args = ("export", "--ckpt_path", str(file), "--out", str(tmp_path / "x"), "--base", "x")
+    assert "the checkpoint cannot be read" in refused(capsys, *args)
+
+
+def test_export_keeps_foreign_folders(
+    fitted: tuple[PlpruneCLI, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = fitted
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    args = ["--ckpt_path", str(out / "ckpt" / "step=6.ckpt"), "--out", str(tmp_path)]
+    assert "will not overwrite" in refused(capsys, "export", *args, "--overwrite")
+    assert (tmp_path / "thesis.txt").is_file()
+
+
+# -- report --------------------------------------------------------------------------------------
+
+
+def test_report_writes_the_same_pages(
+    fitted: tuple[PlpruneCLI, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = fitted
+    source = out / "report"
+    assert main(["report", str(source / "report.json"), "--out", str(tmp_path / "again")]) == 0
+    for name in ("report.html", "report.md", "report.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes()
+    assert "cannot write the report" in refused(capsys, "report", str(source))
+    assert main(["report", str(source), "--overwrite"]) == 0
+
+
+def test_report_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot read the report" in refused(capsys, "report", str(tmp_path / "none.json"))
+    file = tmp_path / "report.json"
+    file.write_text("[]", encoding="utf-8")
+    assert "not a report: given" in refused(capsys, "report", str(file))
+    file.write_text("{}", encoding="utf-8")
+    assert "not a report of this version" in refused(capsys, "report", str(file))
