@@ -9,6 +9,9 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 
+# Threads that spin while they wait slow a busy machine down many times over.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)

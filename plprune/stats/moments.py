@@ -30,9 +30,7 @@ class Moments(Stat):
 
     def update(self, x_NC: Tensor) -> Moments:
         """Add x and x^2 summed over rows."""
-        return replace(
-            self, x_C=self.x_C + x_NC.sum(0), xx_C=self.xx_C + x_NC.square().sum(0)
-        )
+        return replace(self, x_C=self.x_C + x_NC.sum(0), xx_C=self.xx_C + x_NC.square().sum(0))
 
     @property
     def mean_C(self) -> Tensor:
