@@ -2,17 +2,17 @@
 
 A training step is run on tensors that have shapes and no data (torch's fake tensors), and what it
 would allocate is added up; nothing is assumed about the architecture. Against the measured peak of
-a process that trains SmolLM2-135M (CPU, 2 x 512 tokens, AdamW, above what it held before the model
-was loaded):
+`plprune fit` on SmolLM2-135M (CPU, 2 x 512 tokens, AdamW, 4 steps, above what the process held
+before the model was loaded):
 
-    32-true, all weights                      estimate 4.09 GB   measured 3.98 GB   + 2.8 %
-    32-true, LoRA of rank 16                           2.60               2.52      + 3.1 %
-    32-true, all, gradient checkpointing               2.63               2.68      - 1.8 %
-    bf16-mixed, all weights                            3.94               3.92      + 0.7 %
+    32-true, all weights                      estimate 4.09 GB   measured 3.95 GB   + 3.4 %
+    32-true, LoRA of rank 16                           2.60               2.48      + 4.8 %
+    32-true, all, gradient checkpointing               2.63               2.66      - 0.8 %
+    bf16-mixed, all weights                            3.94               3.88      + 1.7 %
 
 That is with `MALLOC_MMAP_THRESHOLD_=65536`, with which the C library returns freed tensors. By
-default glibc keeps them on its heap, and the first two runs peak at 5.47 GB and 4.92 GB; other
-systems and GPUs have allocators of their own. Interpreter, libraries, CUDA context and
+default glibc keeps them on its heap: the first two runs then peak at 4.68 GB (estimate - 13 %) and
+4.15 GB (- 37 %). GPUs have allocators of their own. Interpreter, libraries, CUDA context and
 fragmentation are not counted.
 """
 
