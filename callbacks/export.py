@@ -100,7 +100,7 @@ class ExportHF(Callback):
 
     def _card(self, trainer: Trainer, pl_module: LightningModule, model: Any) -> dict[str, Any]:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        pruner = next((c for c in callbacks if getattr(c, "progressive", None) is not None), None)
+        pruner = guard.pruner_of(trainer)
         report = next((c.report for c in callbacks if getattr(c, "report", None) is not None), None)
         base = str(
             getattr(pl_module, "pretrained", "") or getattr(model.config, "_name_or_path", "")

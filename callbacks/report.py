@@ -123,7 +123,7 @@ class PruneReport(Callback):
     ) -> Report:
         assert self._dense is not None, "setup ran"
         model: Any = find_model(pl_module, self.attribute)
-        pruner = next((c for c in trainer.callbacks if getattr(c, "progressive", None)), None)  # type: ignore[attr-defined]
+        pruner = guard.pruner_of(trainer)
         progressive = None if pruner is None else pruner.progressive
         spec = describe(model) if progressive is None else progressive.spec
         asked, got = (

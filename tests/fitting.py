@@ -22,6 +22,7 @@ from plprune.callbacks import Prune, Statistics
 from plprune.lit.loader import TokenLoader
 from plprune.methods.transact import TransAct
 from plprune.schedule import Linear, Schedule
+from tiny_tokenizer import tiny_tokenizer
 
 BUDGET = Budget(keep=0.6, widths={"kv_group": 2}, multiple_of={"mlp": 4})
 Optimizers = Callable[[Any], Any]
@@ -178,3 +179,14 @@ class Probe(Callback):
     ) -> None:
         """After every batch."""
         self.seen.append(self.look(trainer, pl_module))
+
+
+def saved(folder: Path) -> Path:
+    """A dense model with a tokenizer, and a text, in a folder."""
+    tiny_tokenizer(folder)
+    tiny.model(dtype=torch.float32, vocab_size=256).save_pretrained(folder)
+    words = [
+        f"{a} {b} {a}{b}" for a in ["the", "cat", "of", "a", "king"] for b in ["sat", "on", "mat"]
+    ]
+    (folder / "text.txt").write_text(" ".join(words * 40), encoding="utf-8")
+    return folder

@@ -186,12 +186,16 @@ class RandomState:
         return cls(cpu=state["cpu"].cpu(), cuda=list(state["cuda"]), python=list(state["python"]))
 
 
+def pruner_of(trainer: Trainer) -> Any:
+    """The callback of a run that prunes and has described its model, or None."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if getattr(c, "progressive", None) is not None), None)
+
+
 def progressive_of(trainer: Trainer) -> Any:
     """Pruning state of a run (a `Progressive`), or None without a pruning callback."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next(
-        (c.progressive for c in callbacks if getattr(c, "progressive", None) is not None), None
-    )
+    pruner = pruner_of(trainer)
+    return None if pruner is None else pruner.progressive
 
 
 def require_structure(model: nn.Module, parts: Mapping[str, Any], *, pruned: bool) -> None:

@@ -12,9 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import tiny
+import fitting
 from plprune.lit.cli import main
-from tiny_tokenizer import tiny_tokenizer
 
 OUTPUTS = ("report", "model", "adapter", "ckpt")
 
@@ -36,14 +35,7 @@ class Case:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good model with tokenizer and text."""
-    folder = tmp_path_factory.mktemp("dense")
-    tiny_tokenizer(folder)
-    tiny.model(dtype=torch.float32, vocab_size=256).save_pretrained(folder)
-    words = [
-        f"{a} {b} {a}{b}" for a in ["the", "cat", "of", "a", "king"] for b in ["sat", "on", "mat"]
-    ]
-    (folder / "text.txt").write_text(" ".join(words * 40), encoding="utf-8")
-    return folder
+    return fitting.saved(tmp_path_factory.mktemp("dense"))
 
 
 def good(base: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import fitting
 import tiny
 from plprune.errors import CheckpointError
 from plprune.lit.cli import PlpruneCLI, main
@@ -22,14 +23,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model with a tokenizer, and a text."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_tokenizer(folder)
-    tiny.model(dtype=torch.float32, vocab_size=256).save_pretrained(folder)
-    words = [
-        f"{a} {b} {a}{b}" for a in ["the", "cat", "of", "a", "king"] for b in ["sat", "on", "mat"]
-    ]
-    (folder / "text.txt").write_text(" ".join(words * 40), encoding="utf-8")
-    return folder
+    return fitting.saved(tmp_path_factory.mktemp("base"))
 
 
 def config(base: Path, out: Path, **changes: Any) -> dict[str, Any]:
