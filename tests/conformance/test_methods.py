@@ -13,7 +13,7 @@ Numbers are those of the list in the architecture:
 12  bf16 weights: float32 scores, the decisions of fp32 up to ties
 13  docstrings: citation, formula, "Not for"; every field
 
-5 (two processes) is in `tests/dist`; 1, 8 and 14 need configuration, export and a memory estimate.
+5 (two processes) is in `tests/dist`; 1, 8 and 14 are in `test_methods_outside.py`.
 """
 
 import ast
