@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from plprune.demo import smollm2
+from plprune.files import write_json
 from plprune.lit import logs
-from plprune.lit.carry import write_atomic
 from plprune.lit.cli import PlpruneCLI
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ def conclude(scores: dict[str, Any], seeds: Sequence[int], out: Path) -> int:
         f"recipe / dense trained: {mean:.3f} (spread {spread:.3f}, {len(ratios)} seeds), "
         f"claim <= {LIMIT}"
     )
-    write_atomic(out / "result.json", json.dumps({"scores": scores, "ratios": ratios}, indent=1))
+    write_json(out / "result.json", {"scores": scores, "ratios": ratios})
     return 0 if mean <= LIMIT else 1
 
 

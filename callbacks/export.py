@@ -108,7 +108,7 @@ class ExportHF(Callback):
         return measured.card(trainer, base, pruner, report)
 
     def _tokenizer(self, trainer: Trainer, model: Any) -> Any:
-        from plprune.text import load_tokenizer
+        from plprune.load import load_tokenizer
 
         if self.tokenizer is not None:
             return load_tokenizer(self.tokenizer)

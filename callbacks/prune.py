@@ -16,7 +16,7 @@ from plprune.count import count_params
 from plprune.cuts import Cut
 from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
-from plprune.lit import calibration, carry, guard
+from plprune.lit import carry, guard, progress
 from plprune.lit.recut import adapter_for, commit_masked
 from plprune.lit.watch import Watch
 from plprune.methods.base import Method
@@ -245,9 +245,7 @@ class Prune(Callback):
         if self.statistics.source != "training":
             title = f"calibration for cut {number} of {len(self.cuts)}"
             with trainer.precision_plugin.forward_context():
-                return progressive.calibrate(
-                    self.method, batches, calibration.shown(trainer, title)
-                )
+                return progressive.calibrate(self.method, batches, progress.shown(trainer, title))
         stats = self._watch.take(self.method.taps(progressive.spec), trainer.global_step)
         self.statistics.probe = self._watch.probe
         return stats, ""

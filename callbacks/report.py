@@ -15,7 +15,7 @@ from plprune.callbacks.export import require_writable
 from plprune.count import Tally, tally
 from plprune.describe import describe
 from plprune.evaluate import PerplexityResult, perplexity
-from plprune.lit import calibration, carry, guard, measured
+from plprune.lit import carry, guard, measured, progress
 from plprune.report import Report, Sample, Score
 from plprune.report_html import FILES, write
 from plprune.timing import greedy_samples, speed
@@ -161,7 +161,7 @@ class PruneReport(Callback):
             return None
         model = unwrap(find_model(pl_module, self.attribute))
         result: PerplexityResult = perplexity(
-            model, data.windows(), progress=calibration.shown(trainer, title)
+            model, data.windows(), progress=progress.shown(trainer, title)
         )
         log.info("%s: %.3f on %d windows", title, result.perplexity, result.protocol.windows)
         return {**result.to_dict(), "nll_N": list(result.nll_N)}

@@ -57,3 +57,16 @@ class ExportError(PlpruneError):
 
 class CheckpointError(PlpruneError):
     """A checkpoint that is damaged or belongs to another structure."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, short enough for a message of ours.
+
+    Args:
+        error: any exception.
+
+    Returns:
+        Its first line (two when the first announces the second), or its type.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

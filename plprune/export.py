@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from plprune.describe import describe
-from plprune.errors import ExportError
+from plprune.errors import ExportError, first_line
 from plprune.export_card import CardInfo, card_text
 from plprune.export_config import MODELING_FILE, Mode, Target, modeling_source, target_for
 from plprune.export_weights import bytes_of, dtype_of, is_tied, tensors_of, write_shards
-from plprune.load import STRUCTURE_ATTRIBUTE, STRUCTURE_FILE, write_json
-from plprune.load_check import first_line
+from plprune.files import write_json
+from plprune.load import STRUCTURE_ATTRIBUTE, STRUCTURE_FILE
 from plprune.spec import Spec
 from plprune.unwrap import family_of, unwrap
 

@@ -6,16 +6,14 @@ Nothing is unpickled: weights come from safetensors alone.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from plprune.describe import describe
-from plprune.errors import FamilyError, ModelError, StructureError
-from plprune.load_check import check_folder, first_line
+from plprune.errors import FamilyError, ModelError, StructureError, first_line
+from plprune.load_check import check_folder
 from plprune.surgery.rebuild import rebuild
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ def load_hf(
             config.
         StructureError: if the given or the accompanying structure does not fit.
     """
-    folder = _local(path_or_id)
+    folder = _local(path_or_id, "config.json and safetensors")
     wanted = _given(structure)
     if folder is not None:
         check_folder(folder, trust_remote_code=trust_remote_code)
@@ -93,7 +91,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    folder = _local(path_or_id)
+    folder = _local(path_or_id, "tokenizer files")
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(
             "no tokenizer in the folder",
@@ -148,27 +146,7 @@ def read_structure(path: str | Path) -> dict[str, Any] | None:
     return value
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the complete new one.
-
-    Args:
-        path: file to write; its folder must exist.
-        value: JSON-able value.
-    """
-    path = Path(path)
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    # Beside the file: a rename is atomic only within one file system.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as sink:
-            sink.write(text)
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _local(path_or_id: str | Path) -> Path | None:
+def _local(path_or_id: str | Path, holds: str) -> Path | None:
     """The folder, or None for a hub id."""
     folder = Path(path_or_id).expanduser()
     if str(path_or_id) and folder.is_dir():
@@ -178,7 +156,7 @@ def _local(path_or_id: str | Path) -> Path | None:
     raise ModelError(
         "no such model folder",
         given=(str(path_or_id) or "nothing") + (" (a file)" if folder.is_file() else ""),
-        allowed="an existing folder with config.json and safetensors, or a hub id such as org/name",
+        allowed=f"an existing folder with {holds}, or a hub id such as org/name",
         fix="check the path",
     )
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from plprune.errors import ModelError
+from plprune.errors import ModelError, first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -119,16 +119,3 @@ def _check_shard(file: Path, tensors: set[str] | None) -> None:
             allowed=f"what {INDEX} lists",
             fix="copy the folder again, completely",
         )
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of another library says, short enough for a message of ours.
-
-    Args:
-        error: any exception.
-
-    Returns:
-        Its first line (two when the first announces the second), or its type.
-    """
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -106,7 +106,7 @@ def standard_library_texts(out: Path) -> tuple[Path, Path]:
     Returns:
         Files with one document a line; every fifth topic is held out.
     """
-    from plprune.lit.carry import write_atomic
+    from plprune.files import write_text
     from plprune.text import PYDOC, read_texts
 
     topics = read_texts(PYDOC)
@@ -114,7 +114,7 @@ def standard_library_texts(out: Path) -> tuple[Path, Path]:
     files = (out / "pydoc_train.jsonl", out / "pydoc_val.jsonl")
     for held_out, file in enumerate(files):
         rows = [text for number, text in enumerate(topics) if (number % 5 == 4) == bool(held_out)]
-        write_atomic(file, "".join(json.dumps({"text": text}) + "\n" for text in rows))
+        write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in rows))
     return files
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from plprune.describe import describe
-from plprune.errors import ModelError
-from plprune.load_check import first_line
+from plprune.errors import ModelError, first_line
 from plprune.plan import Keep, Plan
 from plprune.select import top_units
 from plprune.surgery.apply import apply

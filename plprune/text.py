@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from plprune.errors import DataError
+from plprune.errors import DataError, first_line
 
 PYDOC = "pydoc"
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
@@ -197,7 +197,7 @@ def _parquet_texts(path: Path, text_field: str) -> list[str]:
         try:
             data = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
         except Exception as error:  # the reader wraps what it meets in errors of its own
-            raise OSError(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
         return _column(data, text_field, str(path))
 
 
@@ -212,33 +212,8 @@ def _hub_texts(source: str, text_field: str) -> list[str]:
     except Exception as error:  # many kinds: offline, unknown name, unknown split, ...
         raise DataError(
             "the hub data set cannot be loaded",
-            given=f"{source!r} ({type(error).__name__}: {_first_line(error)})",
+            given=f"{source!r} ({type(error).__name__}: {first_line(error)})",
             allowed="a data set that is cached, or a reachable hub",
             fix="check name and split, or use a local file",
         ) from error
     return _column(data, text_field, repr(source))
-
-
-def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a local folder or hub id.
-
-    Raises:
-        DataError: no tokenizer can be loaded from there.
-    """
-    from transformers import AutoTokenizer
-
-    load: Any = AutoTokenizer.from_pretrained
-    try:
-        return load(str(Path(name).expanduser()) if name.startswith("~") else name)
-    except Exception as error:  # many kinds: OSError, ValueError, KeyError, ...
-        raise DataError(
-            "the tokenizer cannot be loaded",
-            given=f"{name!r} ({type(error).__name__}: {_first_line(error)})",
-            allowed="a folder with tokenizer files, or a hub id that is cached or reachable",
-            fix="point `tokenizer` at the folder of the model",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """First line of an error message; those of the hub go on for a page."""
-    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,18 +1,13 @@
-"""Where calibration batches come from, and how their progress is shown."""
+"""Where calibration batches come from."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from lightning.pytorch import Trainer
 
-from plprune.drivers.whole import Batch, Progress
+from plprune.drivers.whole import Batch
 from plprune.errors import DataError
-
-log = logging.getLogger(__name__)
 
 
 def batches_of(
@@ -54,46 +49,3 @@ def batches_of(
 def has_source(trainer: Trainer) -> bool:
     """True if the data module offers calibration batches."""
     return hasattr(getattr(trainer, "datamodule", None), "calibration_batches")
-
-
-def shown(trainer: Trainer, title: str) -> Progress:
-    """Show the progress of a loop of known length: a bar in a terminal, plain lines in a log.
-
-    Args:
-        trainer: only rank 0 shows anything, and nothing with `enable_progress_bar: false` but log
-            lines.
-        title: what is going on.
-
-    Returns:
-        A function called with (done, total).
-    """
-    if not trainer.is_global_zero:
-        return lambda done, total: None
-    if sys.stderr.isatty() and trainer.progress_bar_callback is not None:
-        return _bar(title)
-
-    def line(done: int, total: int) -> None:
-        # About ten lines a pass, whatever its length.
-        if done == total or done % max(1, total // 10) == 0:
-            log.info("%s: %d of %d batches", title, done, total)
-
-    return line
-
-
-def _bar(title: str) -> Progress:
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    bar = Bar(console=Console(stderr=True), transient=True)
-    task: Any = None
-
-    def step(done: int, total: int) -> None:
-        nonlocal task
-        if task is None:
-            bar.start()
-            task = bar.add_task(title, total=total)
-        bar.update(task, completed=done)
-        if done == total:
-            bar.stop()
-
-    return step

@@ -8,7 +8,6 @@ through it) and the module's
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import zipfile
@@ -23,6 +22,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from plprune.errors import CheckpointError
+from plprune.files import write_json
 
 KEY = "plprune"
 SIDECAR = ".structure.json"
@@ -49,7 +49,7 @@ class CarryIO(_WrappingCheckpointIO):
             self.inner.save_checkpoint(checkpoint, target, storage_options=storage_options)
         structure = checkpoint[KEY].get("prune", {}).get("structure")
         if structure is not None and "://" not in str(path):
-            write_atomic(Path(f"{path}{SIDECAR}"), json.dumps(structure, indent=1))
+            write_json(f"{path}{SIDECAR}", structure, indent=1)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load through the wrapped IO, with a message for a file that is damaged or missing."""
@@ -166,15 +166,3 @@ def _complete(path: Any, plain: bool) -> Iterator[Any]:
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it.
-
-    Args:
-        path: final name.
-        text: content.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -18,6 +18,7 @@ from plprune.lit.carry import require_readable
 from plprune.lit.data import LitTokens
 from plprune.lit.messages import is_refused_value, known_keys, ours, readable
 from plprune.lit.model import LitCausalLM
+from plprune.lit.progress import with_progress
 
 _PARTS: tuple[tuple[str, type], ...] = (
     ("lora", LoRARecovery),
@@ -104,9 +105,9 @@ class PlpruneCLI(LightningCLI):
         present = [callback for callback in extra if callback is not None]
         own = config.get("callbacks") or []
         config["callbacks"] = []
-        return self._instantiate_trainer(
-            config, [*present, *(own if isinstance(own, list) else [own])]
-        )
+        callbacks = [*present, *(own if isinstance(own, list) else [own])]
+        shown = config.get("enable_progress_bar")
+        return self._instantiate_trainer(config, with_progress(callbacks, shown))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,8 @@ from plprune.data import Batch, Blocks, calibration_batches
 from plprune.errors import CheckpointError, DataError
 from plprune.evaluate import Windows
 from plprune.lit.loader import RankSampler, TokenLoader, TokenRows, collated
-from plprune.text import Rows, load_tokenizer, source_kind
+from plprune.load import load_tokenizer
+from plprune.text import Rows, source_kind
 
 
 class LitTokens(LightningDataModule):

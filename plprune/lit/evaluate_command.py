@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from plprune.errors import ConfigError, FamilyError
 from plprune.lit.messages import Parser
+from plprune.lit.progress import counted
 from plprune.lit.tables import lines, put_json, share, short, show
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,7 +59,10 @@ def _measure(given: Any, directory: str, windows: int | None) -> dict[str, Any]:
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     result = perplexity(
-        model, blocks, batch_size=given.batch_size, progress=_progress(f"perplexity of {directory}")
+        model,
+        blocks,
+        batch_size=given.batch_size,
+        progress=counted(f"perplexity of {directory}", "windows"),
     )
     return {"model": directory, **result.to_dict(), "sizes": _sizes(model, given.seq_len)}
 
@@ -119,19 +122,6 @@ def _show(result: dict[str, Any]) -> None:
     last = found[-1]
     protocol = [(name.replace("_", " "), value) for name, value in last["protocol"].items()]
     lines("Protocol", [*protocol, ("seconds", f"{last['seconds']:.1f}")])
-
-
-def _progress(title: str) -> Any:
-    """A line on a terminal's standard error that counts windows."""
-    if not sys.stderr.isatty():
-        return None
-
-    def step(done: int, total: int) -> None:
-        end = "\n" if done == total else ""
-        sys.stderr.write(f"\r{title}: {done} of {total} windows{end}")
-        sys.stderr.flush()
-
-    return step
 
 
 def _windows(text: str) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plprune.errors import ExportError
-from plprune.lit.carry import write_atomic
+from plprune.files import write_text
 
 Rows = Sequence[Sequence[str]]
 
@@ -115,7 +115,7 @@ def put_json(target: str, value: dict[str, Any]) -> None:
         sys.stdout.write(text)
         return
     try:
-        write_atomic(Path(target).expanduser(), text)
+        write_text(Path(target).expanduser(), text)
     except OSError as error:
         raise ExportError(
             "cannot write the JSON file",

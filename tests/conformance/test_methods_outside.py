@@ -45,7 +45,7 @@ def file_of(kind: type[Method]) -> Path:
 
 
 def test_01_a_file_for_every_method_and_no_other():
-    assert {path for path in CONFIGS.iterdir()} == {file_of(kind) for kind in METHODS}
+    assert set(CONFIGS.iterdir()) == {file_of(kind) for kind in METHODS}
 
 
 @every_method

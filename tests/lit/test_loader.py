@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from plprune.errors import CheckpointError, ConfigError, DataError
+from plprune.errors import CheckpointError, ConfigError, DataError, ModelError
 from plprune.lit.data import LitTokens
 from plprune.lit.loader import RankSampler, TokenLoader, TokenRows, as_blocks
 from tiny_tokenizer import tiny_tokenizer
@@ -531,7 +531,7 @@ def test_bad_settings_are_refused_at_once(
 
 
 def test_what_is_missing_is_refused_before_training(tokenizer: str, text: str, tmp_path: Path):
-    with pytest.raises(DataError, match=r"the tokenizer cannot be loaded: given '.*nothing"):
+    with pytest.raises(ModelError, match=r"no such model folder: given .*nothing"):
         LitTokens(train="pydoc", tokenizer=str(tmp_path / "nothing")).prepare_data()
     short = {"train": text, "tokenizer": tokenizer, "max_train_tokens": 512 * 8}
     with pytest.raises(DataError, match=r"128 calibration \+ 0 validation of 8 blocks"):

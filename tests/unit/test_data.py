@@ -23,7 +23,8 @@ from plprune.data import (
     tokenize,
 )
 from plprune.errors import DataError
-from plprune.text import joined_rows, load_tokenizer, read_texts, source_kind, text_hash
+from plprune.load import load_tokenizer
+from plprune.text import joined_rows, read_texts, source_kind, text_hash
 from tiny_tokenizer import tiny_tokenizer
 
 

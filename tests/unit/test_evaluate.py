@@ -14,7 +14,8 @@ from plprune import timing
 from plprune.data import data_hash
 from plprune.errors import ConfigError, DataError, PlpruneError
 from plprune.evaluate import Windows, greedy_samples, perplexity, speed, windows_from_source
-from plprune.text import load_tokenizer, text_hash
+from plprune.load import load_tokenizer
+from plprune.text import text_hash
 from tiny_tokenizer import tiny_tokenizer
 
 WORDS = 196

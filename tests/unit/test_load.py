@@ -14,7 +14,8 @@ import tiny
 from plprune.describe import describe
 from plprune.errors import ModelError, StructureError
 from plprune.export import save_hf
-from plprune.load import STRUCTURE_FILE, load_hf, load_tokenizer, read_structure, write_json
+from plprune.files import write_json
+from plprune.load import STRUCTURE_FILE, load_hf, load_tokenizer, read_structure
 from plprune.surgery.apply import apply
 from plprune.surgery.rebuild import structure_of
 from tiny_tokenizer import tiny_tokenizer
