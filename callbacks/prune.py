@@ -17,7 +17,7 @@ from plprune.cuts import Cut
 from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
 from plprune.lit import carry, guard, progress
-from plprune.lit.recut import adapter_for, commit_masked
+from plprune.lit.recut import adapter_for, commit_masked, require_cuttable
 from plprune.lit.watch import Watch
 from plprune.methods.base import Method
 from plprune.observe import StatMap
@@ -110,6 +110,7 @@ class Prune(Callback):
         if self.method is None:
             return
         guard.require_same(pl_module, self._describe(pl_module).model, self.attribute)
+        require_cuttable(trainer, reset=self.optimizer_state == "reset")
         for row in planned.table(self.plan_cuts(trainer, pl_module)):
             log.info("%-4s %-8s %s", *row)
         if not all(self._commits(number + 1) for number in range(len(self.cuts))):

@@ -18,7 +18,7 @@ from plprune.lit import guard
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, commit
 from plprune.surgery.linear_like import shape_of
-from plprune.surgery.state import check_sliceable, cut_table, slice_optimizer
+from plprune.surgery.state import check_kind, check_sliceable, cut_table, slice_optimizer
 from plprune.unwrap import unwrap
 
 
@@ -70,6 +70,20 @@ def adapter_for(strategy: Strategy) -> Adapter:
         allowed="SingleDeviceStrategy (trainer.devices: 1, trainer.strategy: auto)",
         fix="train on one device",
     )
+
+
+def require_cuttable(trainer: Trainer, *, reset: bool) -> None:
+    """Refuse optimizers that no cut can follow, before training starts.
+
+    Args:
+        trainer: with its optimizers.
+        reset: optimizer state is dropped at every commit.
+
+    Raises:
+        PlanError: naming the optimizer.
+    """
+    for optimizer in trainer.strategy.optimizers:
+        check_kind(optimizer, reset=reset)
 
 
 def recut(

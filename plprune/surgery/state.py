@@ -113,6 +113,31 @@ def check_sliceable(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
                 )
 
 
+def check_kind(optimizer: torch.optim.Optimizer, *, reset: bool) -> None:
+    """Refuse an optimizer that cannot be cut before it has made its first step.
+
+    Another one of its class makes a step on a small matrix; what it keeps shows the shapes.
+
+    Args:
+        optimizer: a torch optimizer, with or without state.
+        reset: state will be dropped at every cut, so that its shapes do not matter.
+
+    Raises:
+        PlanError: if its state would not follow the parameters.
+    """
+    _refuse_lbfgs(optimizer)
+    if reset:
+        return
+    parameter = nn.Parameter(torch.zeros(4, 6))
+    parameter.grad = torch.ones(4, 6)
+    try:
+        twin = type(optimizer)([parameter], **optimizer.defaults)  # type: ignore[arg-type]
+        twin.step()
+    except Exception:  # it has arguments of its own: `check_sliceable` sees it at the first cut
+        return
+    check_sliceable(twin, {parameter: "a matrix"})
+
+
 def slice_optimizer(
     optimizer: torch.optim.Optimizer, swaps: Iterable[Swap], *, reset: bool = False
 ) -> None:

@@ -123,18 +123,50 @@ def test_moments_are_the_rows_and_columns_that_stay(monkeypatch: pytest.MonkeyPa
     }  # fmt: skip
 
 
-def test_adafactor_is_refused_before_a_tensor_changes() -> None:
+class Rows(torch.optim.Optimizer):
+    """Keeps one number a row, and cannot be made by its defaults."""
+
+    def __init__(self, params: Any, *, secret: object) -> None:
+        super().__init__(params, {"lr": 1e-3})
+
+    def step(self, closure: Any = None) -> Any:
+        """A plain gradient step; torch asks for the closure to be called."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["rows"] = torch.zeros(p.shape[0])
+        return loss
+
+
+def test_an_optimizer_nobody_can_try_is_refused_before_a_tensor_changes() -> None:
+    module = User(optimizers=lambda m: Rows(m.parameters(), secret=None))
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    with pytest.raises(PlanError, match="cannot cut the state of Rows: given rows of shape"):
+        fit(module, [prune()])
+    assert module.losses
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == shapes
+
+
+def test_lbfgs_is_refused_before_training() -> None:
+    module = User(optimizers=lambda m: torch.optim.LBFGS(m.parameters()))
+    with pytest.raises(PlanError, match="cannot cut the state of LBFGS"):
+        fit(module, [prune(optimizer_state="reset")])
+    assert module.losses == []
+
+
+def test_adafactor_is_refused_before_training() -> None:
     module = User(optimizers=lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-3))
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     with pytest.raises(PlanError) as caught:
         fit(module, [prune()])
     assert str(caught.value).startswith(
-        "cannot cut the state of Adafactor: given row_var of shape (40, 1) for "
-        "model.layers.0.mlp.gate_proj.weight (40, 48); allowed state tensors with the parameter's "
-        "shape"
+        "cannot cut the state of Adafactor: given row_var of shape (4, 1) for a matrix (4, 6); "
+        "allowed state tensors with the parameter's shape"
     )
     assert str(caught.value).endswith("fix: set optimizer_state: reset, or use another optimizer")
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == shapes
+    assert module.losses == []
     fit(User(optimizers=module.optimizers_of), [prune(optimizer_state="reset")])
 
 
