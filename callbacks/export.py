@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from plprune.describe import describe
+from plprune.dist import together
 from plprune.errors import ConfigError, ExportError
 from plprune.export import save_hf
 from plprune.export_card import CardInfo
@@ -61,19 +62,22 @@ class ExportHF(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a target that cannot be written before hours of training."""
-        if stage == "fit" and trainer.is_global_zero:
+        if stage == "fit":
+            guard.require_last(trainer, self)
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             if any(getattr(callback, "merge_at_end", True) is False for callback in callbacks):
                 raise _unmerged()
-            require_writable(
-                self.directory,
-                overwrite=self.overwrite,
-                ours=lambda names: STRUCTURE_FILE in names,
-            )
+            with together():
+                if trainer.is_global_zero:
+                    require_writable(
+                        self.directory,
+                        overwrite=self.overwrite,
+                        ours=lambda names: STRUCTURE_FILE in names,
+                    )
             guard.ensure_model(pl_module)
             self._dense = describe(find_model(pl_module, self.attribute))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, unless the run was interrupted."""
         if not trainer.is_global_zero or trainer.interrupted:
             return

@@ -10,9 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from plprune.callbacks.export import require_writable
 from plprune.describe import describe
+from plprune.dist import together
 from plprune.errors import CheckpointError, ConfigError
 from plprune.lit import carry, guard
-from plprune.lit.recut import assert_consistent, rebuild_optimizers
+from plprune.lit.recut import assert_consistent
+from plprune.lit.strategies import adapter_for
 from plprune.lora import Injected, inject, merge, save_adapter
 from plprune.unwrap import find_model, unwrap
 
@@ -58,12 +60,13 @@ class LoRARecovery(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject before optimizers exist, or get ready to."""
-        if stage == "fit" and self.adapter_dir is not None and trainer.is_global_zero:
-            require_writable(
-                self.adapter_dir,
-                overwrite=self.overwrite,
-                ours=lambda names: "adapter_config.json" in names,
-            )
+        with together():
+            if stage == "fit" and self.adapter_dir is not None and trainer.is_global_zero:
+                require_writable(
+                    self.adapter_dir,
+                    overwrite=self.overwrite,
+                    ours=lambda names: "adapter_config.json" in names,
+                )
         guard.ensure_model(pl_module)
         model = unwrap(find_model(pl_module, self.attribute))
         if self.injected is not None and self.injected.model is not model:
@@ -98,8 +101,9 @@ class LoRARecovery(Callback):
         pruner = self._pruner(trainer)
         if pruner.progressive is not None and pruner.progressive.done == len(pruner.cuts):
             self._inject(pl_module)
-            rebuild_optimizers(trainer)
-            assert_consistent(pl_module, trainer.strategy.optimizers)
+            adapter = adapter_for(trainer.strategy)
+            adapter.refit(trainer)
+            assert_consistent(pl_module, adapter.optimizers(trainer))
 
     def _inject(self, pl_module: LightningModule) -> None:
         if self.injected is None:

@@ -17,7 +17,8 @@ from plprune.cuts import Cut
 from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
 from plprune.lit import carry, guard, progress
-from plprune.lit.recut import adapter_for, commit_masked, require_cuttable
+from plprune.lit.recut import commit_masked, require_cuttable
+from plprune.lit.strategies import adapter_for
 from plprune.lit.watch import Watch
 from plprune.methods.base import Method
 from plprune.observe import StatMap
@@ -94,7 +95,7 @@ class Prune(Callback):
             return
         if stage == "fit":
             guard.refuse_conflicts(trainer)
-            adapter_for(trainer.strategy)
+            adapter_for(trainer.strategy).require(trainer)
             self.statistics.require_source(trainer)
         guard.ensure_model(pl_module)
         self._start_over(pl_module)
@@ -242,11 +243,11 @@ class Prune(Callback):
     def _statistics(self, trainer: Trainer, progressive: Progressive) -> tuple[StatMap, str]:
         assert self.method is not None, "checked by the caller"
         number = progressive.done + 1
-        batches = self.statistics.batches_for(trainer, number)
         if self.statistics.source != "training":
-            title = f"calibration for cut {number} of {len(self.cuts)}"
+            share = self.statistics.share_for(trainer, number)
+            shown = progress.shown(trainer, f"calibration for cut {number} of {len(self.cuts)}")
             with trainer.precision_plugin.forward_context():
-                return progressive.calibrate(self.method, batches, progress.shown(trainer, title))
+                return progressive.calibrate(self.method, share.batches, shown, share.idle)
         stats = self._watch.take(self.method.taps(progressive.spec), trainer.global_step)
         self.statistics.probe = self._watch.probe
         return stats, ""

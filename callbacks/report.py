@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from plprune.callbacks.export import require_writable
 from plprune.count import Tally, tally
 from plprune.describe import describe
+from plprune.dist import together
 from plprune.evaluate import PerplexityResult, perplexity
 from plprune.lit import carry, guard, measured, progress
 from plprune.report import Report, Sample, Score
@@ -70,9 +71,12 @@ class PruneReport(Callback):
         """Refuse a target that cannot be written; count the dense model."""
         if stage != "fit":
             return
-        require_writable(
-            self.directory, overwrite=self.overwrite, ours=lambda names: names <= set(FILES)
-        )
+        guard.require_last(trainer, self)
+        with together():
+            if trainer.is_global_zero:
+                require_writable(
+                    self.directory, overwrite=self.overwrite, ours=lambda names: names <= set(FILES)
+                )
         guard.ensure_model(pl_module)
         self._log, self._resumed = _fresh(), False
         model = find_model(pl_module, self.attribute)
@@ -103,7 +107,7 @@ class PruneReport(Callback):
         if value is not None and not trainer.sanity_checking:
             self._log["val"].append([trainer.global_step, float(value)])
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure again and write, unless the run was interrupted."""
         if trainer.interrupted:
             return
@@ -161,7 +165,7 @@ class PruneReport(Callback):
             return None
         model = unwrap(find_model(pl_module, self.attribute))
         result: PerplexityResult = perplexity(
-            model, data.windows(), progress=progress.shown(trainer, title)
+            model, data.windows(), progress=progress.shown(trainer, title), shared=True
         )
         log.info("%s: %.3f on %d windows", title, result.perplexity, result.protocol.windows)
         return {**result.to_dict(), "nll_N": list(result.nll_N)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -25,8 +25,8 @@ class Statistics:
     window: int = 8
     """For `training`: optimizer steps before a cut whose forward passes are observed."""
     batches: Iterable[Any] | None = None
-    """Calibration batches for a script without a plprune data module: dicts with input_ids [B,
-    T]."""
+    """Calibration batches for a script without a plprune data module: dicts with input_ids [B, T].
+    The same list on every process; each takes its share."""
     probe: Batch = field(default_factory=dict, init=False, repr=False)
     """One small batch on which a commit is checked."""
 
@@ -68,20 +68,19 @@ class Statistics:
                 fix="use LitTokens, pass Statistics(batches=[...]), or set source: training",
             )
 
-    def batches_for(self, trainer: Trainer, cut: int) -> Sequence[Batch]:
-        """Calibration batches of a cut (none for `training`); remembers a small probe batch.
+    def share_for(self, trainer: Trainer, cut: int) -> calibration.Share:
+        """What this process runs of the calibration set of a cut.
 
         Args:
             trainer: running.
             cut: number of the cut.
 
         Returns:
-            Batches.
+            Its share.
         """
-        if self.source == "training":
-            return ()
         if isinstance(self.batches, Iterator):
             self.batches = list(self.batches)  # it would be empty at the second cut
-        batches = calibration.batches_of(trainer, self.batches, cut, fixed=self.source == "fixed")
-        self.probe = {key: value[:1] for key, value in batches[0].items()}
-        return batches
+        fixed = self.source == "fixed"
+        share = calibration.share_of(trainer, self.batches, cut, fixed=fixed)
+        self.probe = share.probe
+        return share

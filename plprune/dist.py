@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plprune.errors import PlanError
+from plprune.errors import PlanError, PlpruneError
 from plprune.observe import StatMap
 from plprune.plan import Plan
 
@@ -14,6 +17,11 @@ from plprune.plan import Plan
 def world_size() -> int:
     """Number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -46,6 +54,37 @@ def reduce(stats: StatMap) -> StatMap:
     for tap in sorted(stats, key=lambda tap: (tap.module, tap.stat.__name__)):
         reduced[tap] = stats[tap].mapped(lambda _, value: summed(value))
     return reduced
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Work without collectives in which an error of one rank becomes an error of all.
+
+    Without it the others would wait for the rank that gave up until the time-out of the group.
+
+    Raises:
+        PlpruneError: on the ranks that did well, naming the first that did not and why; on the
+            others their own error goes on.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    if world_size() == 1:
+        if own is not None:
+            raise own
+        return
+    failed = torch.tensor(0 if own is None else 1, device=_reachable(torch.device("cpu")))
+    dist.all_reduce(failed)
+    if not int(failed):
+        return
+    said: list[str | None] = [None] * world_size()
+    dist.all_gather_object(said, None if own is None else f"{type(own).__name__}: {own}")
+    if own is not None:
+        raise own
+    rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
+    raise PlpruneError(f"another process stopped this run: rank {rank} says {text}")
 
 
 def agree(plan: Plan) -> Plan:

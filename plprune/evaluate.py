@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plprune import dist
 from plprune.data import data_hash, pack, tokenize
 from plprune.errors import ConfigError, DataError, PlpruneError
 from plprune.text import Rows, read_texts, text_hash
@@ -27,6 +28,7 @@ from plprune.timing import SpeedResult as SpeedResult
 from plprune.timing import evaluating as evaluating
 from plprune.timing import greedy_samples as greedy_samples
 from plprune.timing import speed as speed
+from plprune.unwrap import class_of
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
@@ -128,6 +130,7 @@ def perplexity(
     batch_size: int = 1,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    shared: bool = False,
 ) -> PerplexityResult:
     """Measure the perplexity of a causal language model.
 
@@ -138,6 +141,8 @@ def perplexity(
         batch_size: windows at a time. Default 1. Changes time and memory, not the definition.
         device: where the tokens go. Default: the device of the first parameter.
         progress: called after each batch.
+        shared: every process of the group takes its share of the windows, and all get the result.
+            All must call it, and make equally many passes, as sharded models need. Default no.
 
     Raises:
         DataError: no window, or windows of less than two tokens.
@@ -152,13 +157,11 @@ def perplexity(
             allowed="[N, T] with N >= 1 and T >= 2, batch_size >= 1",
         )
     first = next(model.parameters())
-    losses: list[float] = []
     start = time.perf_counter()
     with evaluating(model):
-        for batch_BT in torch.split(ids_NT, batch_size):
-            losses += _window_losses(model, batch_BT.to(device or first.device), len(losses))
-            if progress is not None:
-                progress(len(losses), len(ids_NT))
+        losses = _all_losses(
+            model, ids_NT, batch_size, device or first.device, progress, shared=shared
+        )
     mean = sum(losses) / len(losses)
     protocol = Protocol(
         source=windows.source,
@@ -167,7 +170,7 @@ def perplexity(
         windows=len(ids_NT),
         seq_len=ids_NT.shape[1],
         dtype=str(first.dtype).removeprefix("torch."),
-        model_class=type(model).__name__,
+        model_class=class_of(model).__name__,
     )
     return PerplexityResult(
         perplexity=math.exp(mean) if mean < 700 else math.inf,  # exp overflows a double at 709.8
@@ -178,18 +181,52 @@ def perplexity(
     )
 
 
-def _window_losses(model: nn.Module, ids_BT: Tensor, done: int) -> list[float]:
-    """Mean loss of each window of a batch; `done` windows came before."""
+def _all_losses(
+    model: nn.Module,
+    ids_NT: Tensor,
+    batch_size: int,
+    device: torch.device | str,
+    progress: Progress | None,
+    *,
+    shared: bool,
+) -> list[float]:
+    """Mean loss of each window."""
+    rank, world = (dist.rank(), dist.world_size()) if shared else (0, 1)
+    batches = torch.split(torch.arange(len(ids_NT)), batch_size)
+    nll_N = torch.zeros(len(ids_NT), dtype=torch.float64)
+    for turn in range(0, len(batches), world):
+        mine = turn + rank
+        # A rank without a batch in the last turn runs the first one again and does not count it.
+        rows = batches[mine] if mine < len(batches) else batches[0]
+        losses = _window_losses(model, ids_NT[rows].to(device))
+        if mine < len(batches):
+            nll_N[rows] = losses
+            _require_finite(nll_N[rows], rows, world)
+        if progress is not None:
+            progress(min((turn + world) * batch_size, len(ids_NT)), len(ids_NT))
+    if world > 1:
+        nll_N = dist.summed(nll_N)
+        _require_finite(nll_N, torch.arange(len(nll_N)), world=1)
+    return [float(value) for value in nll_N]
+
+
+def _require_finite(nll_B: Tensor, rows: Tensor, world: int) -> None:
+    """Stop at the first window that has no finite loss; ranks do so together, after their sum."""
+    wrong = torch.nonzero(~nll_B.isfinite())[:, 0]
+    if len(wrong) and world == 1:
+        raise PlpruneError(
+            "the loss of an evaluation window is not finite",
+            given=f"{float(nll_B[wrong[0]])} in window {int(rows[wrong[0]])}",
+            fix="check the weights for NaN, or evaluate in float32",
+        )
+
+
+def _window_losses(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    """[B] float64, mean loss of each window of a batch."""
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-    losses = []
-    for row, (logits_TV, ids_T) in enumerate(zip(logits_BTV, ids_BT, strict=True)):
-        # One window at a time in float32: a batch of logits is the largest tensor there is.
-        loss = F.cross_entropy(logits_TV[:-1].float(), ids_T[1:]).item()
-        if not math.isfinite(loss):
-            raise PlpruneError(
-                "the loss of an evaluation window is not finite",
-                given=f"{loss} in window {done + row}",
-                fix="check the weights for NaN, or evaluate in float32",
-            )
-        losses.append(loss)
-    return losses
+    # One window at a time in float32: a batch of logits is the largest tensor there is.
+    losses = [
+        F.cross_entropy(logits_TV[:-1].float(), ids_T[1:])
+        for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True)
+    ]
+    return torch.stack(losses).double().cpu()

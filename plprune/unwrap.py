@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from plprune import families
 from plprune.errors import ModelError
@@ -101,3 +102,15 @@ def family_of(model: nn.Module) -> families.Family:
         FamilyError: for an unknown architecture or a model without its expected modules.
     """
     return families.of(getattr(unwrap(model), "config", None))
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """Class of a model as it was written.
+
+    Args:
+        model: any module; `fully_shard` gives it a class of its own that names the first one third.
+
+    Returns:
+        Its class without that of FSDP2.
+    """
+    return type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)

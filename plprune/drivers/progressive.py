@@ -46,10 +46,14 @@ class Progressive:
         """One plain record a cut."""
 
     def calibrate(
-        self, method: Method, batches: Sequence[Batch], progress: Progress | None = None
+        self,
+        method: Method,
+        batches: Sequence[Batch],
+        progress: Progress | None = None,
+        idle: Sequence[Batch] = (),
     ) -> tuple[StatMap, str]:
         """Statistics of the model as it computes now; see `drivers.whole.calibrate`."""
-        return calibrate(self.model, self.spec, method, batches, progress)
+        return calibrate(self.model, self.spec, method, batches, progress, idle)
 
     def decide(self, method: Method, budget: Budget, seen: tuple[StatMap, str]) -> Plan:
         """Plan in the coordinates of the model as it is now; see `drivers.whole.decide`."""

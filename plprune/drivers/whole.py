@@ -13,7 +13,7 @@ from plprune import dist
 from plprune.budget import Budget
 from plprune.errors import DataError
 from plprune.methods.base import Method, View
-from plprune.observe import StatMap, check, observe, to_cpu, zeros
+from plprune.observe import Observation, StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Plan
 from plprune.spec import Spec
 from plprune.surgery.linear_like import base_of, is_conv1d
@@ -31,6 +31,7 @@ def calibrate(
     method: Method,
     batches: Sequence[Batch],
     progress: Progress | None = None,
+    idle: Sequence[Batch] = (),
 ) -> tuple[StatMap, str]:
     """Run the calibration set through the model and collect what the method's taps ask for.
 
@@ -40,6 +41,8 @@ def calibrate(
         method: says where to look.
         batches: dicts with `input_ids` [B, T] and, if there is padding, `attention_mask` [B, T].
         progress: told after every batch.
+        idle: batches to run after them without looking. Ranks that share tensors must all make the
+            same number of passes: one with fewer batches than the others makes up for it here.
 
     Returns:
         Statistics summed over ranks, on the CPU, and a hash of the calibration sequences of all
@@ -61,7 +64,6 @@ def calibrate(
     model.eval()
     digest = torch.zeros(4, dtype=torch.int64)
     plain = unwrap(model)
-    device = next(p.device for p in plain.parameters())
     try:
         # Compiled graphs do not see hooks that came after them; calibration runs eagerly.
         with (
@@ -71,11 +73,12 @@ def calibrate(
         ):
             for number, batch in enumerate(batches):
                 digest += _digest(batch)
-                inputs = {k: batch[k].to(device) for k in _INPUTS if k in batch}
-                seen.token_mask = token_mask(inputs, method.skip_first_tokens)
-                plain(**inputs, use_cache=False, **_no_logits(plain))
+                _pass(plain, batch, seen, method.skip_first_tokens)
                 if progress is not None:
                     progress(number + 1, len(batches))
+            seen.active = False
+            for batch in idle:
+                _pass(plain, batch, seen, 0)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -83,6 +86,13 @@ def calibrate(
     stats = dist.reduce({**zeros(model, taps), **seen.stats})
     check(stats, taps)
     return to_cpu(stats), dist.summed(digest).numpy().tobytes().hex()
+
+
+def _pass(plain: nn.Module, batch: Batch, seen: Observation, skip_first: int) -> None:
+    device = next(plain.parameters()).device
+    inputs = {k: batch[k].to(device) for k in _INPUTS if k in batch}
+    seen.token_mask = token_mask(inputs, skip_first)
+    plain(**inputs, use_cache=False, **_no_logits(plain))
 
 
 def decide(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from plprune.describe import describe
@@ -47,6 +47,29 @@ def refuse_conflicts(trainer: Trainer) -> None:
                 allowed="callbacks that keep no copies of weights",
                 fix="average or mask in a second fit on the exported model",
             )
+
+
+def require_last(trainer: Trainer, callback: Callback) -> None:
+    """Refuse a callback that would look at the model before adapters are merged.
+
+    Args:
+        trainer: with its callbacks.
+        callback: looks at the finished model at the end of training.
+
+    Raises:
+        ConfigError: if a callback with adapters stands after it.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    later = callbacks[callbacks.index(callback) + 1 :]
+    found = next((other for other in later if hasattr(other, "merge_at_end")), None)
+    if found is not None:
+        names = type(found).__name__, type(callback).__name__
+        raise ConfigError(
+            "callbacks stand in an order that cannot work",
+            given=f"{names[1]} before {names[0]}",
+            allowed=f"{names[0]} first: it merges the adapters at the end of training",
+            fix=f"put {names[1]} after it in trainer.callbacks",
+        )
 
 
 def ensure_model(module: LightningModule) -> None:

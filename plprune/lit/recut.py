@@ -2,74 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
+from plprune.dist import together
 from plprune.drivers.progressive import Progressive, probe_loss
 from plprune.drivers.whole import Batch
-from plprune.errors import ConfigError, PlanError
+from plprune.errors import PlanError
 from plprune.lit import guard
+from plprune.lit.strategies import adapter_for
 from plprune.spec import Lowered, Spec
-from plprune.surgery.apply import Applied, commit
+from plprune.surgery.apply import Applied
 from plprune.surgery.linear_like import shape_of
-from plprune.surgery.state import check_kind, check_sliceable, cut_table, slice_optimizer
+from plprune.surgery.state import check_kind, check_sliceable, cut_table
 from plprune.unwrap import unwrap
-
-
-class Adapter(Protocol):
-    """How one strategy takes weights and moments out of its wrapper and puts smaller ones back."""
-
-    def recut(
-        self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool
-    ) -> Applied:
-        """Commit a cut in place; collective on all ranks."""
-        ...
-
-
-@dataclass(frozen=True)
-class SingleDevice:
-    """One process: swap parameters and cut the state of the same optimizer object."""
-
-    def recut(
-        self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool
-    ) -> Applied:
-        """Commit a cut; learning rates and schedules keep their optimizer groups."""
-        applied = commit(model, spec, lowered)
-        for optimizer in trainer.strategy.optimizers:
-            slice_optimizer(optimizer, applied.swaps, reset=reset)
-        torch.compiler.reset()
-        return applied
-
-
-def adapter_for(strategy: Strategy) -> Adapter:
-    """The adapter of a strategy.
-
-    Args:
-        strategy: the trainer's.
-
-    Returns:
-        Its adapter.
-
-    Raises:
-        ConfigError: if the strategy cannot be cut during `fit`.
-    """
-    if (
-        type(strategy) is SingleDeviceStrategy
-        or type(strategy).__name__ == "SingleDeviceXLAStrategy"
-    ):
-        return SingleDevice()
-    raise ConfigError(
-        "this strategy cannot be cut during fit",
-        given=type(strategy).__name__,
-        allowed="SingleDeviceStrategy (trainer.devices: 1, trainer.strategy: auto)",
-        fix="train on one device",
-    )
 
 
 def require_cuttable(trainer: Trainer, *, reset: bool) -> None:
@@ -82,7 +30,7 @@ def require_cuttable(trainer: Trainer, *, reset: bool) -> None:
     Raises:
         PlanError: naming the optimizer.
     """
-    for optimizer in trainer.strategy.optimizers:
+    for optimizer in adapter_for(trainer.strategy).optimizers(trainer):
         check_kind(optimizer, reset=reset)
 
 
@@ -106,28 +54,30 @@ def recut(
             post-condition fails.
     """
     adapter = adapter_for(trainer.strategy)
-    optimizers = trainer.strategy.optimizers
     if not reset:
-        _require_sliceable(optimizers, unwrap(model), spec, lowered)
-    before = [
-        [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
-        for optimizer in optimizers
-    ]
-    steps = trainer.global_step
+        with together():
+            _require_sliceable(adapter.optimizers(trainer), unwrap(model), spec, lowered)
+    before, steps = _groups(trainer), trainer.global_step
     applied = adapter.recut(trainer, model, spec, lowered, reset=reset)
-    after = [
-        [(g["lr"], len(g["params"])) for g in optimizer.param_groups]
+    with together():
+        after = _groups(trainer)
+        if before != after or steps != trainer.global_step:
+            raise PlanError(
+                "a cut changed learning rates, groups or counters",
+                given=str(after),
+                allowed=str(before),
+            )
+        assert_consistent(trainer.lightning_module, adapter.optimizers(trainer))
+        assert_shapes(model, applied.spec)
+    return applied
+
+
+def _groups(trainer: Trainer) -> list[list[tuple[Any, int]]]:
+    """Learning rate and number of tensors of every group of every optimizer."""
+    return [
+        [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
         for optimizer in trainer.strategy.optimizers
     ]
-    if before != after or steps != trainer.global_step:
-        raise PlanError(
-            "a cut changed learning rates, groups or counters",
-            given=str(after),
-            allowed=str(before),
-        )
-    assert_consistent(trainer.lightning_module, trainer.strategy.optimizers)
-    assert_shapes(model, applied.spec)
-    return applied
 
 
 def commit_masked(trainer: Trainer, progressive: Progressive, probe: Batch, *, reset: bool) -> None:
@@ -146,7 +96,9 @@ def commit_masked(trainer: Trainer, progressive: Progressive, probe: Batch, *, r
     model = progressive.model
     masked = probe_loss(model, probe)
     progressive.committed(recut(trainer, model, progressive.spec, {}, reset=reset))
-    guard.require_close(masked, probe_loss(model, probe), next(model.parameters()).dtype)
+    cut = probe_loss(model, probe)
+    with together():
+        guard.require_close(masked, cut, next(model.parameters()).dtype)
 
 
 def _require_sliceable(
@@ -217,35 +169,3 @@ def assert_shapes(model: nn.Module, spec: Spec) -> None:
             raise PlanError(
                 f"{name} was not cut", given=str(found), allowed=str((linear.rows, linear.cols))
             )
-
-
-def rebuild_optimizers(trainer: Trainer) -> None:
-    """Make optimizers and schedulers again after the set of trainable parameters changed.
-
-    State of parameters that stay trainable is kept, and so are learning rates (of optimizers with
-    as many groups as before) and scheduler positions.
-
-    Args:
-        trainer: running on one device.
-    """
-    strategy = trainer.strategy
-    kept = {p: state for optimizer in strategy.optimizers for p, state in optimizer.state.items()}
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in strategy.optimizers]
-    positions = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs]
-    strategy.setup_optimizers(trainer)
-    for optimizer in strategy.optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in kept:
-                    optimizer.state[parameter] = kept[parameter]
-    for config, position in zip(strategy.lr_scheduler_configs, positions, strict=True):
-        config.scheduler.load_state_dict(position)
-        _set_rates(config.scheduler.optimizer, config.scheduler.get_last_lr())
-    for optimizer, before in zip(strategy.optimizers, rates, strict=True):
-        if len(before) == len(optimizer.param_groups):
-            _set_rates(optimizer, before)
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float | Tensor]) -> None:
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate

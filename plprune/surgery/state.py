@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.errors import PlanError
+from plprune.sharded import shard_like, whole
 from plprune.spec import Lowered
 from plprune.surgery.linear_like import dims
 
@@ -60,15 +61,16 @@ def cut(tensor: Tensor, cuts: Cuts) -> Tensor:
     """Select the kept entries; a new contiguous tensor.
 
     Args:
-        tensor: any tensor with the parameter's shape.
+        tensor: any tensor with the parameter's shape; if it is sharded, all ranks must call.
         cuts: (dimension, kept indices) pairs.
 
     Returns:
-        The smaller tensor.
+        The smaller tensor, sharded like the larger one.
     """
+    selected = whole(tensor)
     for dim, index in cuts:
-        tensor = tensor.index_select(dim, index.to(tensor.device))
-    return tensor.contiguous()
+        selected = selected.index_select(dim, index.to(selected.device))
+    return shard_like(selected.contiguous(), tensor)
 
 
 def slice_state(state: Mapping[str, Tensor], table: CutTable) -> dict[str, Tensor]:

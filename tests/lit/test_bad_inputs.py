@@ -237,8 +237,14 @@ CASES = {
         },
     ),
     "strategy": Case(
-        message="this strategy cannot be cut during fit: given DDPStrategy",
-        keys={"trainer.strategy": "ddp", "trainer.devices": 1},
+        message="model averaging cannot run together with pruning: given DDPStrategy",
+        keys={
+            "trainer.strategy": {
+                "class_path": "lightning.pytorch.strategies.DDPStrategy",
+                "init_args": {"model_averaging_period": 2},
+            },
+            "trainer.devices": 1,
+        },
     ),
     "unknown LoRA argument": Case(message="rnak", keys={"lora": {"config": {"rnak": 4}}}),
     "LoRA after no cut": Case(

@@ -14,7 +14,8 @@ import tiny
 from fitting import User, Validated, fit, gap, hashes, prune
 from plprune.errors import PlanError
 from plprune.lit.model import LearningRate, LitCausalLM
-from plprune.lit.recut import assert_consistent, rebuild_optimizers
+from plprune.lit.recut import assert_consistent
+from plprune.lit.strategies.base import rebuild_optimizers
 from plprune.schedule import Length, TransActRamp, learning_rate
 from plprune.surgery.state import Swap
 
@@ -97,7 +98,7 @@ def test_masked_is_cut_and_rates_go_on(name: str) -> None:
 
 
 def test_moments_are_the_rows_and_columns_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    from plprune.lit import recut
+    from plprune.lit.strategies import base
 
     seen = []
 
@@ -115,8 +116,8 @@ def test_moments_are_the_rows_and_columns_that_stay(monkeypatch: pytest.MonkeyPa
             assert swap.old not in optimizer.state
             seen.append(swap.name)
 
-    original = recut.slice_optimizer
-    monkeypatch.setattr(recut, "slice_optimizer", spied)
+    original = base.slice_optimizer
+    monkeypatch.setattr(base, "slice_optimizer", spied)
     fit(User(), [prune()])
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in seen} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 
 import fitting
 import tiny
@@ -21,7 +22,7 @@ from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMo
 from plprune.errors import BudgetError, ConfigError, DataError, ExportError, ModelError
 from plprune.lit import guard
 from plprune.lit.model import LearningRate, LitCausalLM
-from plprune.lit.recut import adapter_for
+from plprune.lit.strategies import adapter_for
 from plprune.methods.transact import TransAct
 from plprune.schedule import Length
 
@@ -60,21 +61,28 @@ def test_other_callbacks_may_stay() -> None:
     fit(User(), [Harmless(), prune(), Harmless()], max_steps=9)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_strategies_that_cannot_be_cut(strategy: str) -> None:
-    settings: dict[str, Any] = {"devices": 2, "strategy": strategy}
-    if strategy == "fsdp":
-        from lightning.pytorch.strategies import ModelParallelStrategy
-
-        settings["strategy"] = ModelParallelStrategy(data_parallel_size=2)
-    made = fitting.trainer([prune()], **settings)
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, type("Own", (DDPStrategy,), {})])
+def test_strategies_that_cannot_be_cut(kind: type) -> None:
     with pytest.raises(ConfigError) as caught:
-        adapter_for(made.strategy)
+        adapter_for(kind.__new__(kind))
     assert str(caught.value) == (
-        f"this strategy cannot be cut during fit: given {type(made.strategy).__name__}; allowed "
-        "SingleDeviceStrategy "
-        "(trainer.devices: 1, trainer.strategy: auto); fix: train on one device"
+        f"this strategy cannot be cut during fit: given {kind.__name__}; allowed auto (one "
+        "device), ddp, ModelParallelStrategy (FSDP2); fix: set trainer.strategy; FSDP1 and FSDP2 "
+        "do the same, see configs/strategies/fsdp2.yaml"
     )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (DDPStrategy(start_method="spawn"), "a model cut in a child process cannot come back"),
+        (DDPStrategy(model_averaging_period=2), "model averaging cannot run together with pruning"),
+    ],
+)
+def test_settings_of_a_strategy_that_no_cut_survives(strategy: Any, message: str) -> None:
+    made = fitting.trainer([prune()], devices=2, strategy=strategy)
+    with pytest.raises(ConfigError, match=message):
+        adapter_for(made.strategy).require(made)
 
 
 def test_a_dense_run_with_the_callback_is_a_dense_run() -> None:

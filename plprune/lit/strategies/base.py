@@ -1,0 +1,129 @@
+"""What every strategy must be able to do for a cut; `recut` does the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from plprune.spec import Lowered, Spec
+from plprune.surgery.apply import Applied, commit
+from plprune.surgery.state import slice_optimizer
+
+
+class Adapter(ABC):
+    """How one strategy lets a model change its shapes between two optimizer steps."""
+
+    def require(self, trainer: Trainer) -> None:
+        """Refuse settings of the strategy that no cut survives, before anything long starts.
+
+        Args:
+            trainer: with its strategy set up.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+        del trainer
+
+    def optimizers(self, trainer: Trainer) -> list[torch.optim.Optimizer]:
+        """The torch optimizers that hold the state.
+
+        Args:
+            trainer: with its optimizers.
+
+        Returns:
+            Optimizers without the strategy's wrappers.
+        """
+        return list(trainer.strategy.optimizers)
+
+    @abstractmethod
+    def recut(
+        self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool
+    ) -> Applied:
+        """Commit a cut in place; collective on all ranks.
+
+        Args:
+            trainer: running, at an optimizer-step boundary.
+            model: the language model as it hangs in the LightningModule.
+            spec: its spec; entries listed as dead are dropped too.
+            lowered: kept entries.
+            reset: drop optimizer state instead of cutting it.
+
+        Returns:
+            Spec after the cut and the replaced parameters.
+        """
+
+    def refit(self, trainer: Trainer) -> None:
+        """Take over a model that got or lost parameters, or whose parameters were frozen.
+
+        Collective on all ranks. Before the optimizers exist only the wrapper is concerned.
+
+        Args:
+            trainer: set up or running.
+        """
+        if trainer.strategy.optimizers:
+            rebuild_optimizers(trainer)
+
+
+def cut_in_place(
+    optimizers: list[torch.optim.Optimizer],
+    model: nn.Module,
+    spec: Spec,
+    lowered: Lowered,
+    *,
+    reset: bool,
+) -> Applied:
+    """Swap parameters and cut the state of the same optimizer objects.
+
+    Learning rates and schedules go on: they refer to the optimizers' groups.
+
+    Args:
+        optimizers: of the model's parameters.
+        model: without wrapper.
+        spec: its spec.
+        lowered: kept entries.
+        reset: drop optimizer state instead of cutting it.
+
+    Returns:
+        Spec after the cut and the replaced parameters.
+    """
+    applied = commit(model, spec, lowered)
+    for optimizer in optimizers:
+        slice_optimizer(optimizer, applied.swaps, reset=reset)
+    torch.compiler.reset()
+    return applied
+
+
+def rebuild_optimizers(trainer: Trainer) -> None:
+    """Make optimizers and schedulers again after the set of trainable parameters changed.
+
+    State of parameters that stay trainable is kept, and so are learning rates (of optimizers with
+    as many groups as before) and scheduler positions.
+
+    Args:
+        trainer: running on one device.
+    """
+    strategy = trainer.strategy
+    kept = {p: state for optimizer in strategy.optimizers for p, state in optimizer.state.items()}
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in strategy.optimizers]
+    positions = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs]
+    strategy.setup_optimizers(trainer)
+    for optimizer in strategy.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in kept:
+                    optimizer.state[parameter] = kept[parameter]
+    for config, position in zip(strategy.lr_scheduler_configs, positions, strict=True):
+        config.scheduler.load_state_dict(position)
+        _set_rates(config.scheduler.optimizer, config.scheduler.get_last_lr())
+    for optimizer, before in zip(strategy.optimizers, rates, strict=True):
+        if len(before) == len(optimizer.param_groups):
+            _set_rates(optimizer, before)
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float | Tensor]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,102 @@
+"""One pruned run on any strategy, and what is compared between them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule
+
+import fitting
+from fitting import User
+from plprune.lit.loader import TokenLoader
+
+GLOBAL_BATCH = 4
+
+
+def adamw(module: LightningModule) -> Any:
+    """AdamW in two groups with a cosine."""
+    return _two_groups(module, lambda groups: torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.05))
+
+
+def sgd(module: LightningModule) -> Any:
+    """SGD with momentum in two groups: unlike Adam it shows a gradient of the wrong size."""
+    return _two_groups(module, lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9))
+
+
+def _two_groups(module: LightningModule, make: Callable[[Any], Any]) -> Any:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    vectors, matrices = [p for p in trained if p.dim() < 2], [p for p in trained if p.dim() > 1]
+    optimizer = make([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
+
+
+def fit(
+    strategy: Any = "auto",
+    *,
+    world: int = 1,
+    optimizer: str = "adamw",
+    callbacks: Callable[[], list[Callback]] = lambda: [fitting.prune()],
+    module: Callable[..., User] = User,
+    rows: int = 64,
+    **more: Any,
+) -> dict[str, Any]:
+    """Train, cut, and say what happened, in plain values.
+
+    Args:
+        strategy: of Lightning; a function makes one in the process that uses it.
+        world: number of processes; the global batch is the same for every number.
+        optimizer: key of `OPTIMIZERS`.
+        callbacks: made in the process that uses them.
+        module: class of the module.
+        rows: of the training data.
+        more: arguments of the trainer, `ckpt_path` of fit.
+    """
+    made = list(callbacks())
+    ckpt_path = more.pop("ckpt_path", None)
+    strategy = strategy() if callable(strategy) else strategy
+    trainer = fitting.trainer(
+        made, strategy=strategy, devices=world, use_distributed_sampler=False, **more
+    )
+    user = module(optimizers=OPTIMIZERS[optimizer])
+    data = TokenLoader(fitting.blocks(rows), GLOBAL_BATCH // world)
+    trainer.fit(user, data, ckpt_path=ckpt_path)
+    return outcome(trainer, user)
+
+
+def outcome(trainer: Any, user: User) -> dict[str, Any]:
+    """Losses of all ranks averaged, rates, plans, weights and moments."""
+    pruner = next((c for c in trainer.callbacks if hasattr(c, "progressive")), None)
+    losses = torch.tensor(user.losses, dtype=torch.float64)
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(losses)
+    found: dict[str, Any] = {
+        "losses": (losses / trainer.world_size).tolist(),
+        "rates": user.rates,
+        "steps": trainer.global_step,
+        "weights": {name: digest(tensor) for name, tensor in user.net.named_parameters()},
+    }
+    if pruner is not None and pruner.progressive is not None:
+        found["plans"] = [entry["plan"] for entry in pruner.progressive.history]
+        found["widths"] = pruner.progressive.spec.widths()
+    return found
+
+
+def digest(tensor: Any) -> str:
+    """Shape and hash of a tensor's bytes."""
+    whole = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+    data = whole.cpu().contiguous().numpy().tobytes()
+    return f"{list(whole.shape)} {hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def gap(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Largest difference of two loss curves."""
+    assert len(one["losses"]) == len(other["losses"])
+    return fitting.gap(one["losses"], other["losses"])
