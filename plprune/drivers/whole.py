@@ -60,10 +60,9 @@ def calibrate(
             allowed="at least 1",
             fix="set data.calibration_samples",
         )
-    modes = {module: module.training for module in model.modules()}
+    plain, modes = unwrap(model), {module: module.training for module in model.modules()}
     model.eval()
     digest = torch.zeros(4, dtype=torch.int64)
-    plain = unwrap(model)
     try:
         # Compiled graphs do not see hooks that came after them; calibration runs eagerly.
         with (
