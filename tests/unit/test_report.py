@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -491,51 +492,286 @@ def test_tables_show_not_measured_in_place():
 # Plots
 
 
-def numbers_of(svg):
-    root = ElementTree.fromstring(svg)
+def corners(path):
+    """The points of a path; a number that is none comes back as NaN."""
+    pairs = (pair.split() for pair in re.split("[A-Za-z] ?", path.get("d", "").replace("nan", "?")))
     return [
-        float(item) for path in root.iter("path") for item in re.findall(r"-?[\d.]+", path.get("d"))
+        tuple(math.nan if "?" in part else float(part) for part in pair) for pair in pairs if pair
     ]
+
+
+def paths_of(svg, tip=""):
+    """The paths with a tooltip that starts like this, by tooltip."""
+    groups = [(group.findtext("title"), group) for group in ElementTree.fromstring(svg).iter("g")]
+    found = {}
+    for title, group in groups:
+        if title is not None and title.startswith(tip):
+            found.setdefault(title, []).extend(group.findall("path"))
+    return found
+
+
+def texts_of(svg):
+    return ["".join(item.itertext()) for item in ElementTree.fromstring(svg).iter("text")]
+
+
+def is_finite(svg):
+    paths = list(ElementTree.fromstring(svg).iter("path"))
+    assert paths
+    return all(math.isfinite(part) for path in paths for pair in corners(path) for part in pair)
+
+
+def height(path):
+    values = [y for _, y in corners(path)]
+    return max(values) - min(values)
+
+
+def test_the_helpers_of_these_tests_see_what_is_wrong():
+    svg = '<svg><g><title>bar 1</title><path d="M 1 2L nan 5z"/></g><g><path d="M 0 0L 9 9"/></g></svg>'
+    assert not is_finite(svg)
+    assert is_finite(svg.replace("nan", "3.5"))
+    assert list(paths_of(svg)) == ["bar 1"]
+    assert paths_of(svg, "line") == {}
+    assert height(paths_of(svg)["bar 1"][0]) == 3
 
 
 def test_plots_are_well_formed_and_label_their_axes(full):
     loss = curve_plot(full.curves[:2], [cut.step for cut in full.cuts], "training loss")
     mlp = width_plot(full.layers, "mlp", "MLP channels")
     scores = score_plot(full.scores, "MLP channels")
-    for svg, words in (
-        (loss, ("optimizer step", "training loss", "pruned", "dense, same recipe", "cut 4")),
-        (mlp, ("layer", "MLP channels", "dense model", "kept")),
-        (scores, ("layer", "score, log scale", "cut threshold", "median")),
+    for svg, label, words in (
+        (
+            loss,
+            "training loss over steps",
+            ("optimizer step", "training loss", "pruned", "dense, same recipe", "cut", "cut 4"),
+        ),
+        (mlp, "MLP channels per layer", ("layer", "MLP channels", "dense model", "kept")),
+        (
+            scores,
+            "score of MLP channels",
+            ("layer", "score, log scale", "cut threshold", "median", "5 to 95 %", "25 to 75 %"),
+        ),
     ):
-        found = [item.text for item in ElementTree.fromstring(svg).iter("text")]
-        assert set(words) <= set(found)
-        assert all(math.isfinite(value) for value in numbers_of(svg))
+        root = ElementTree.fromstring(svg)
+        assert (root.tag, root.get("role"), root.get("aria-label")) == ("svg", "img", label)
+        assert set(words) <= set(texts_of(svg))
+        assert is_finite(svg)
 
 
-def test_width_plot_heights_are_proportional():
-    rows = [LayerWidths(layer=0, dense={"mlp": 100}, kept={"mlp": 25})]
-    kept, dense = ElementTree.fromstring(width_plot(rows, "mlp", "w")).findall("rect")
-    assert float(kept.get("height")) / float(dense.get("height")) == pytest.approx(0.25, abs=0.01)
-    assert kept.find("title").text == "layer 0: 25 of 100 kept"
+def test_plots_depend_on_nothing_but_the_data(full):
+    """Not on the time, what was drawn before, or the user's matplotlibrc, which stays as it is."""
+    import matplotlib
+
+    first = page(full)
+    theirs = {"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path", "axes.grid": False}
+    with matplotlib.rc_context(theirs):
+        before = matplotlib.rcParams.copy()
+        assert page(full) == first
+        assert before == matplotlib.rcParams
 
 
-def test_curve_plot_marks_non_finite_values():
-    clean = Curve(name="a", step=(0, 1, 2), value=(1.0, 1.5, 2.0))
-    broken = dataclasses.replace(clean, value=(1.0, math.nan, 2.0))
-    assert "l6 6m0 -6l-6 6" not in curve_plot([clean], [], "loss")
-    assert curve_plot([broken], [], "loss").count("l6 6m0 -6l-6 6") == 1
+def test_plots_cannot_disturb_one_another_or_the_page(full):
+    parser = parse(page(full))
+    assert "id" not in {name for name, _ in parser.attrs}
+    assert parser.tags.count("style") == 1  # the page's own
+    assert not {"use", "defs", "image"} & set(parser.tags)
+
+
+def test_plots_take_their_colours_from_the_page(full):
+    html = page(full)
+    drawings = "".join(re.findall("<svg.*?</svg>", html))
+    used = set(re.findall(r"var\((--\w+)\)", drawings))
+    assert {"--kept", "--outline", "--cut", "--quiet", "--rule", "--text", "--s2"} <= used
+    for name in used:
+        assert len(re.findall(f"{name}: #", html)) == 2, f"{name}: light and dark"
+    assert not re.search("#[0-9a-f]{3}", drawings)
+
+
+def test_texts_in_plots_are_text():
+    """Neither markup nor mathematics, and letters that matplotlib's font lacks are no problem."""
+    names = (HOSTILE, "训练 हिन्दी العربية", "$x^2$", "lone \ud800 surrogate")
+    curves = [Curve(name=name, step=(0, 1), value=(1.0, 2.0)) for name in names]
+    svg = curve_plot(curves, [], "loss in $")
+    shown = [name.replace("\x00", "\ufffd").replace("\ud800", "\ufffd") for name in names]
+    assert {*shown, "loss in $"} <= set(texts_of(svg))
+    assert list(paths_of(svg)) == shown
+
+
+def test_long_texts_are_broken_into_lines():
+    curve = Curve(name="word " * 60, step=(0, 1), value=(1.0, 2.0), quantity="quantity " * 12)
+    found = texts_of(curve_plot([curve], [], curve.quantity))
+    assert max(map(len, found)) <= 90
+    assert " ".join(found).count("word") == 60
+    assert " ".join(found).count("quantity") == 12
+
+
+def test_a_long_legend_does_not_shrink_the_drawing():
+    def run(names):
+        curves = [Curve(name=name, step=(0, 1), value=(1.0, 2.0)) for name in names]
+        return height(paths_of(curve_plot(curves, [], "loss"))[names[0]][0])
+
+    assert run(["a curve with a long name " + "x" * 40 * n for n in range(8)]) > 0.9 * run(["a"])
+
+
+def test_width_plot_has_a_pair_of_bars_per_layer(full):
+    found = paths_of(width_plot(full.layers, "mlp", "MLP channels"))
+    tips = [f"layer {row.layer}: {row.kept['mlp']:,} of 1,536 kept" for row in full.layers]
+    assert list(found) == tips
+    for row, pair in zip(full.layers, found.values(), strict=True):
+        kept, dense = map(height, pair)
+        assert kept / dense == pytest.approx(row.kept["mlp"] / 1536, abs=0.005)
+
+
+def test_width_plot_of_removed_and_missing_layers():
+    rows = [
+        LayerWidths(layer=0, dense={"mlp": 100}, kept={"mlp": 25}),
+        LayerWidths(layer=1, dense={"mlp": 100}, kept={}),
+        LayerWidths(layer=2, dense={"kv_group": 3}, kept={"kv_group": 3}),
+    ]
+    found = paths_of(width_plot(rows, "mlp", "w"))
+    assert list(found) == ["layer 0: 25 of 100 kept", "layer 1: 0 of 100 kept"]
+    assert height(found["layer 1: 0 of 100 kept"][0]) == 0
+    assert texts_of(width_plot(rows[:1], "mlp", "w"))[:2] == ["0", "layer"]  # one layer: one tick
+
+
+def test_score_plot_has_a_box_and_a_threshold_per_layer(full):
+    svg = score_plot(full.scores, "MLP channels")
+    assert len(paths_of(svg)) == 2 * len(full.scores)
+    for row in full.scores:
+        assert len(paths_of(svg, f"layer {row.layer}: median {number(row.quantiles[3])}")) == 1
+        assert len(paths_of(svg, f"layer {row.layer}: cut threshold {number(row.threshold)}")) == 1
+
+
+@pytest.mark.parametrize("top", [100.0, 19.0])
+def test_score_plot_puts_the_threshold_where_the_scores_are(top):
+    """On a logarithmic and on a linear axis: y grows downwards."""
+    for threshold, side in ((7.0, "below"), (8.0, "edge"), (9.0, "inside"), (13.0, "above")):
+        row = ScoreSummary(
+            kind="mlp", layer=0, quantiles=(1.0, 1.0, 8.0, 9.0, 12.0, top, top), threshold=threshold
+        )
+        box, line = (paths[0] for paths in paths_of(score_plot([row], "mlp")).values())
+        top_y, bottom_y = min(y for _, y in corners(box)), max(y for _, y in corners(box))
+        (_, y), (_, same) = corners(line)
+        assert y == same
+        if y == pytest.approx(bottom_y, abs=0.15):
+            assert side == "edge"
+        else:
+            assert side == ("above" if y < top_y else "below" if y > bottom_y else "inside")
+
+
+def test_score_plot_without_thresholds_shows_none():
+    rows = [ScoreSummary.of(kind="mlp", layer=0, scores=[1.0, 2.0, 3.0])]
+    svg = score_plot(rows, "mlp")
+    assert len(paths_of(svg)) == 1
+    assert "cut threshold" not in texts_of(svg)
+
+
+def test_score_plot_of_odd_scores():
+    rows = [
+        ScoreSummary.of(kind="mlp", layer=0, scores=[0.0, 0.0]),
+        ScoreSummary.of(kind="mlp", layer=1, scores=[-1.0, 2.0], threshold=0.5),
+        ScoreSummary(kind="mlp", layer=2, quantiles=(math.nan,) * 7, threshold=math.inf),
+    ]
+    svg = score_plot(rows, "mlp")
+    assert is_finite(svg)
+    assert texts_of(svg).count("×") == 1
+    assert [tip.split()[:3] for tip in paths_of(svg)] == [
+        ["layer", "0:", "median"],
+        ["layer", "1:", "median"],
+        ["layer", "1:", "cut"],
+    ]
+    svg = score_plot(rows[2:], "mlp")
+    assert is_finite(svg)
+    assert "median" not in texts_of(svg)
+
+
+@pytest.mark.parametrize(
+    ("value", "log"),
+    [
+        ((1.0, 20.0), False),
+        ((1.0, 20.5), True),
+        ((1.0, math.nan, 20.5), True),
+        ((1.0, math.inf), False),
+        ((0.0, 100.0), False),
+        ((-1.0, 100.0), False),
+        ((1e-8, 1e30), True),
+    ],
+)
+def test_the_axis_is_logarithmic_from_a_factor_of_twenty(value, log):
+    curve = Curve(name="a", step=tuple(range(len(value))), value=value)
+    assert ("loss, log scale" in texts_of(curve_plot([curve], [], "loss"))) is log
+    assert ("loss" in texts_of(curve_plot([curve], [], "loss"))) is not log
+
+
+@pytest.mark.parametrize(("value", "ticks"), [((1.0, 200.0), "1 2 5 10 20"), ((1.0, 1e4), "1 10")])
+def test_a_logarithmic_axis_has_plain_numbers(value, ticks):
+    found = texts_of(curve_plot([Curve(name="a", step=(0, 1), value=value)], [], "loss"))
+    assert set(ticks.split()) <= set(found)
+    assert ("20" in found) is ("20" in ticks)
+
+
+def test_curve_plot_draws_every_point_and_cut():
+    curve = Curve(name="run", step=(0, 10, 20, 40), value=(3.0, 1.0, 2.0, 1.0))
+    svg = curve_plot([curve], [10, 30], "loss")
+    (line,) = paths_of(svg, "run")["run"]
+    (start, high), (first, low), (_, middle), (end, last) = corners(line)
+    assert high < middle < low == last  # y grows downwards
+    assert (middle - high) / (low - high) == pytest.approx(0.5, abs=0.01)
+    cuts = paths_of(svg, "cut")
+    assert list(cuts) == ["cut 1 at step 10", "cut 2 at step 30"]
+    places = [corners(path)[0][0] for (path,) in cuts.values()]
+    assert places == pytest.approx([first, start + 0.75 * (end - start)], abs=0.2)
+    assert {"cut", "cut 1", "cut 2"} <= set(texts_of(svg))
+    assert not {"cut", "cut 1"} & set(texts_of(curve_plot([curve], [], "loss")))
+
+
+def test_curve_plot_numbers_cuts_only_where_there_is_room():
+    curve = Curve(name="run", step=(0, 1000), value=(2.0, 1.0))
+    svg = curve_plot([curve], [*range(100, 140), 900], "loss")
+    assert len(paths_of(svg, "cut ")) == 41
+    assert [text for text in texts_of(svg) if text.startswith("cut ")] == ["cut 1", "cut 41"]
+
+
+def test_curve_plot_breaks_at_non_finite_values_and_marks_them():
+    clean = Curve(name="a", step=(0, 1, 2, 3, 4), value=(1.0, 1.5, 2.0, 2.5, 2.0))
+    broken = dataclasses.replace(clean, value=(1.0, 1.5, math.nan, 2.5, 2.0))
+    for curve, crosses in ((clean, 0), (broken, 1)):
+        svg = curve_plot([curve], [], "loss")
+        assert texts_of(svg).count("×") == crosses
+        (line,) = paths_of(svg)["a"]
+        assert line.get("d").count("M") == 1 + crosses
+        assert len(corners(line)) == 5 - crosses
+
+
+def test_curve_plot_shows_a_point_without_neighbours():
+    curve = Curve(name="a", step=(0, 1, 2, 3), value=(1.0, math.inf, 2.0, 3.0))
+    _, dot = paths_of(curve_plot([curve], [], "loss"))["a"]
+    assert len(set(corners(dot))) == 1
+    assert "stroke-linecap: round" in dot.get("style")
+    _, dot = paths_of(curve_plot([Curve(name="a", step=(5,), value=(2.0,))], [], "loss"))["a"]
+    assert len(set(corners(dot))) == 1
 
 
 def test_curve_plot_thins_long_curves_but_keeps_peaks():
-    value = [1.0] * 50_000
+    draw = random.Random(0)
+    value = [1.0 + 0.1 * draw.random() for _ in range(50_000)]
     value[31_234] = 9.0
-    svg = curve_plot([Curve(name="a", step=tuple(range(50_000)), value=tuple(value))], [], "loss")
-    flat = curve_plot([Curve(name="a", step=(0, 49_999), value=(1.0, 9.0))], [], "loss")
-    assert len(svg) < 20_000
-    top = min(float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", svg.split('class="line')[1]))
-    assert top == min(
-        float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", flat.split('class="line')[1])
-    )
+    long = Curve(name="a", step=tuple(range(50_000)), value=tuple(value))
+    short = Curve(name="a", step=(0, 31_234, 49_999), value=(1.0, 9.0, 1.0))
+    svg = curve_plot([long], [], "loss")
+    assert len(svg) < 100_000
+    peaks = []
+    for curve in (long, short):
+        (line,) = paths_of(curve_plot([curve], [], "loss"))["a"]
+        peaks.append(min(corners(line), key=lambda corner: corner[1]))
+    assert peaks[0] == pytest.approx(peaks[1], abs=1)
+
+
+def test_curve_plot_of_a_diverged_run_stays_small():
+    step = tuple(range(20_000))
+    nan = curve_plot([Curve(name="a", step=step, value=(math.nan,) * 20_000)], [], "loss")
+    assert 50 < texts_of(nan).count("×") <= 101
+    mixed = curve_plot([Curve(name="a", step=step, value=(1.0, math.nan) * 10_000)], [], "loss")
+    assert max(len(nan), len(mixed)) < 100_000
 
 
 @pytest.mark.parametrize(
@@ -546,20 +782,11 @@ def test_curve_plot_thins_long_curves_but_keeps_peaks():
         Curve(name="all nan", step=(0, 1), value=(math.nan, math.inf)),
         Curve(name="wide", step=(0, 1), value=(1e-8, 1e30)),
         Curve(name="negative", step=(0, 10**7), value=(-3.0, -2.9999)),
+        Curve(name="float32", step=(0, 1), value=(-3.4e38, 3.4e38)),
     ],
 )
 def test_curve_plot_of_odd_curves(curve):
-    svg = curve_plot([curve], [3], "loss")
-    assert all(math.isfinite(value) for value in numbers_of(svg))
-
-
-def test_score_plot_of_odd_scores():
-    rows = [
-        ScoreSummary.of(kind="mlp", layer=0, scores=[0.0, 0.0]),
-        ScoreSummary.of(kind="mlp", layer=1, scores=[-1.0, 2.0], threshold=0.5),
-        ScoreSummary(kind="mlp", layer=2, quantiles=(math.nan,) * 7, threshold=math.inf),
-    ]
-    assert all(math.isfinite(value) for value in numbers_of(score_plot(rows, "mlp")))
+    assert is_finite(curve_plot([curve], [3], "loss"))
 
 
 # Writing
@@ -626,8 +853,24 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     assert [item.name for item in tmp_path.iterdir()] == ["report"]
 
 
-def test_import_needs_no_heavy_library():
+def test_import_needs_no_heavy_library_and_drawing_no_pyplot():
+    """Importing pyplot chooses a backend for the whole process."""
     heavy = ("lightning", "transformers", "matplotlib")
-    code = f"import sys, plprune.report_html; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    code = f"""
+        import sys
+        from plprune.report import Curve, LayerWidths, Report, ScoreSummary
+        from plprune.report_html import page
+        print([name for name in {heavy} if name in sys.modules])
+        html = page(
+            Report(
+                title="t",
+                layers=(LayerWidths(layer=0, dense={{"mlp": 2}}, kept={{"mlp": 1}}),),
+                scores=(ScoreSummary.of(kind="mlp", layer=0, scores=[1.0, 2.0], threshold=1.5),),
+                curves=(Curve(name="a", step=(0, 1), value=(1.0, 2.0)),),
+            )
+        )
+        print(html.count("<svg"), "matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["[]", "3 True False", ""]
