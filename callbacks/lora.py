@@ -16,6 +16,7 @@ from plprune.lit import carry, guard
 from plprune.lit.recut import assert_consistent
 from plprune.lit.strategies import adapter_for
 from plprune.lora import Injected, inject, merge, save_adapter
+from plprune.sharded import is_sharded
 from plprune.unwrap import find_model, unwrap
 
 log = logging.getLogger(__name__)
@@ -101,16 +102,21 @@ class LoRARecovery(Callback):
         pruner = self._pruner(trainer)
         if pruner.progressive is not None and pruner.progressive.done == len(pruner.cuts):
             self._inject(pl_module)
-            adapter = adapter_for(trainer.strategy)
-            adapter.refit(trainer)
-            assert_consistent(pl_module, adapter.optimizers(trainer))
+            assert_consistent(pl_module, adapter_for(trainer.strategy).optimizers(trainer))
 
     def _inject(self, pl_module: LightningModule) -> None:
         if self.injected is None:
+            trainer = pl_module.trainer
+            # Before that a model with whole weights is a plain model still.
+            wrapped = bool(trainer.strategy.optimizers) or _is_sharded(pl_module)
+            if wrapped:
+                adapter_for(trainer.strategy).rest(trainer)
             self.injected = inject(find_model(pl_module, self.attribute), self.config)
             for parameter in pl_module.parameters():
                 if not parameter.requires_grad:
                     parameter.grad = None  # no optimizer would free it any more
+            if wrapped:
+                adapter_for(trainer.strategy).refit(trainer)
             trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             log.info("LoRA: %d trainable parameters", trainable)
 
@@ -154,3 +160,7 @@ class LoRARecovery(Callback):
                 allowed="a checkpoint of a run with adapters that are not merged yet",
                 fix="resume without `lora`, or export the checkpoint and start a new run from it",
             )
+
+
+def _is_sharded(module: LightningModule) -> bool:
+    return any(is_sharded(parameter) for parameter in module.parameters())

@@ -17,7 +17,7 @@ from plprune.cuts import Cut
 from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
 from plprune.lit import carry, guard, progress
-from plprune.lit.recut import commit_masked, require_cuttable
+from plprune.lit.recut import commit_masked, late_cut, require_cuttable
 from plprune.lit.strategies import adapter_for
 from plprune.lit.watch import Watch
 from plprune.methods.base import Method
@@ -95,7 +95,7 @@ class Prune(Callback):
             return
         if stage == "fit":
             guard.refuse_conflicts(trainer)
-            adapter_for(trainer.strategy).require(trainer)
+            adapter_for(trainer.strategy).prepare(trainer)
             self.statistics.require_source(trainer)
         guard.ensure_model(pl_module)
         self._start_over(pl_module)
@@ -103,7 +103,7 @@ class Prune(Callback):
         if progressive.done == 0 and self.budget is not None:
             self.method.widths(progressive.dense, self.budget)  # raises for an impossible budget
         carry.carry(
-            trainer, pl_module, "prune", self._save, lambda state: self._load(pl_module, state)
+            trainer, pl_module, "prune", self._save, lambda state: self._load(trainer, state)
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -282,17 +282,18 @@ class Prune(Callback):
 
     def _save(self) -> dict[str, Any]:
         state: dict[str, Any] = {
-            "rng": guard.RandomState.now().to_dict(),
+            "rng": guard.RandomState.of_all(),
             "seen": self._watch.state(),
         }
         if self.progressive is not None:
             state.update(self.progressive.state())
         return state
 
-    def _load(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+    def _load(self, trainer: Trainer, state: dict[str, Any] | None) -> None:
         if state is None:
             return
-        self._rng = guard.RandomState.from_dict(state["rng"])
+        self._rng = guard.RandomState.mine(state["rng"])
         self._watch.restore(state["seen"])
         if "committed" in state:
-            self._describe(pl_module).restore(state)
+            progressive = self._describe(trainer.lightning_module)
+            progressive.restore(state, late_cut(trainer, progressive))

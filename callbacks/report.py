@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from plprune import dist
 from plprune.callbacks.export import require_writable
 from plprune.count import Tally, tally
 from plprune.describe import describe
@@ -19,6 +20,7 @@ from plprune.evaluate import PerplexityResult, perplexity
 from plprune.lit import carry, guard, measured, progress
 from plprune.report import Report, Sample, Score
 from plprune.report_html import FILES, write
+from plprune.sharded import is_sharded
 from plprune.timing import greedy_samples, speed
 from plprune.unwrap import find_model, unwrap
 
@@ -81,7 +83,7 @@ class PruneReport(Callback):
         self._log, self._resumed = _fresh(), False
         model = find_model(pl_module, self.attribute)
         self._dense = tally(model, describe(model), context=self.context)
-        carry.carry(trainer, pl_module, "report", lambda: self._log, self._load)
+        carry.carry(trainer, pl_module, "report", self._save, self._load)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the dense model first."""
@@ -126,6 +128,7 @@ class PruneReport(Callback):
         seconds: float | None,
     ) -> Report:
         assert self._dense is not None, "setup ran"
+        self._save()
         model: Any = find_model(pl_module, self.attribute)
         pruner = guard.pruner_of(trainer)
         progressive = None if pruner is None else pruner.progressive
@@ -148,7 +151,7 @@ class PruneReport(Callback):
             protocol=measured.protocol(trainer, progressive, after),
             sizes=measured.sizes(self._dense, tally(model, spec, context=self.context)),
             perplexity=_scores(self._log["dense"], after, trained=trainer.global_step > 0),
-            speed=self._speed(pl_module, model),
+            speed=self._speed(trainer, pl_module, model),
             layers=() if progressive is None else measured.layers(progressive),
             scores=() if progressive is None else measured.scores(progressive),
             cuts=() if progressive is None else measured.cut_records(progressive, seconds),
@@ -184,11 +187,14 @@ class PruneReport(Callback):
             for p, a, b in zip(self.prompts, before, after, strict=False)
         )
 
-    def _speed(self, pl_module: LightningModule, model: Any) -> tuple[Any, ...]:
+    def _speed(self, trainer: Trainer, pl_module: LightningModule, model: Any) -> tuple[Any, ...]:
         from plprune.load import load_hf
 
         base = getattr(pl_module, "pretrained", None)
-        if not self.measure_speed or base is None:
+        # One process measures. A model that is divided cannot run on one alone.
+        if not self.measure_speed or base is None or not trainer.is_global_zero:
+            return ()
+        if any(is_sharded(p) for p in model.parameters()):
             return ()
         plain: Any = unwrap(model)
         parameter = next(plain.parameters())
@@ -198,6 +204,15 @@ class PruneReport(Callback):
         )
         log.info("measuring speed, dense and pruned side by side")
         return measured.speed_pairs(speed(dense, plain, prompt_len=128, rounds=3))
+
+    def _save(self) -> dict[str, Any]:
+        """What was noted, with the losses of all ranks averaged; all ranks must call."""
+        rows = self._log["loss"]
+        if rows and dist.world_size() > 1:
+            values = dist.summed(torch.tensor([value for _, value in rows], dtype=torch.float64))
+            values /= dist.world_size()
+            self._log["loss"] = [[row[0], float(v)] for row, v in zip(rows, values, strict=True)]
+        return self._log
 
     def _load(self, state: dict[str, Any] | None) -> None:
         if state is not None:

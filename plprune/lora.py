@@ -6,11 +6,12 @@ in the user's module; surgery cuts factors together with their linears.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.errors import ConfigError, ExportError, StructureError
+from plprune.sharded import is_sharded
 from plprune.spec import Spec
 from plprune.surgery.linear_like import is_adapter_parameter, is_lora
 from plprune.unwrap import family_of, unwrap
@@ -69,14 +71,51 @@ def inject(model: nn.Module, config: Mapping[str, Any]) -> Injected:
         name for name, parameter in plain.named_parameters() if parameter.requires_grad
     )
     settings = {"target_modules": target_modules(plain), "r": 16, "lora_alpha": 32, **config}
+    _require_whole(plain, settings)
     try:
         lora = LoraConfig(**settings)
-        tuner = LoraModel(plain, {ADAPTER: lora}, ADAPTER)
+        with _complete_shapes(plain):
+            tuner = LoraModel(plain, {ADAPTER: lora}, ADAPTER)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "peft refused the LoRA config", given=str(error), fix="see peft.LoraConfig"
         ) from error
     return Injected(model=plain, tuner=tuner, config=dict(config), trained=trained)
+
+
+def _require_whole(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Refuse adapters that read the weights they are put on, where no process has them whole."""
+    reads = settings.get("use_dora") or settings.get("init_lora_weights", True) not in (
+        *(True, False),
+        "gaussian",
+    )
+    if reads and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ConfigError(
+            "these adapters need complete weights",
+            given=f"use_dora: {settings.get('use_dora', False)}, "
+            f"init_lora_weights: {settings.get('init_lora_weights', True)}, weights divided",
+            allowed="LoRA with init_lora_weights true or gaussian, or strategy: ddp",
+            fix="change lora.config",
+        )
+
+
+@contextlib.contextmanager
+def _complete_shapes(model: nn.Module) -> Iterator[None]:
+    """Let divided weights look complete: peft takes their parts for tensor-parallel linears."""
+    hidden: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_sharded(parameter):
+                # One number that claims to be a matrix; nothing reads it.
+                stand_in = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
+                hidden.append((module, name, parameter))
+                module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in hidden:
+            parameter.requires_grad_(False)  # as peft did with the stand-in
+            module._parameters[name] = parameter
 
 
 def target_modules(model: nn.Module) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from plprune.methods.base import Method
 from plprune.observe import StatMap
 from plprune.plan import Keep, Plan
 from plprune.spec import Lowered, Spec
-from plprune.surgery.apply import Applied
+from plprune.surgery.apply import Applied, commit
 from plprune.surgery.lower import lower
-from plprune.surgery.rebuild import plan_for, rebuild, structure_of
+from plprune.surgery.rebuild import plan_for, structure_of
 from plprune.unwrap import unwrap
 
 
@@ -138,11 +139,15 @@ class Progressive:
             "history": self.history,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(
+        self, state: Mapping[str, Any], cut: Callable[[Lowered], Applied] | None = None
+    ) -> None:
         """Bring a freshly built dense model to a checkpoint's structure, before weights load.
 
         Args:
             state: from `state`.
+            cut: commits kept entries to the dense model; default by surgery alone, which a model
+                that is wrapped already would not survive.
 
         Raises:
             CheckpointError: if this model was cut already, differently.
@@ -157,7 +162,9 @@ class Progressive:
                     allowed=f"{committed['fingerprint']} or the dense model",
                     fix="start a new process: plprune test --config ... --ckpt_path ...",
                 )
-            self.physical = rebuild(self.model, committed).spec
+            lowered = lower(plan_for(committed, self.dense), self.dense)
+            cut = cut or partial(commit, self.model, self.dense)
+            self.physical = cut(lowered).spec
         # Raises if the structure was tampered with.
         plan_for(state["structure"], self.dense)
         self.spec = _masked(self.physical, state["structure"]["kept"])

@@ -1,9 +1,10 @@
 """Structure travels with the weights: what plprune adds to a checkpoint, read before they load.
 
-Lightning hands callbacks their state after the weights, too late for a model of another size. Two
-things reach every checkpoint of a single file: the strategy's checkpoint IO (every save goes
-through it) and the module's
-`on_load_checkpoint` (runs right before the weights load, before optimizers exist).
+Lightning hands callbacks their state after the weights, too late for a model of another size. What
+reaches every checkpoint instead: the strategy's `save_checkpoint`, which all ranks call, and on the
+way back the module's `on_load_checkpoint`, which runs right before the weights load. Strategies
+that divide the weights load them themselves, from a folder, when optimizers exist already; there
+the parts are read before the strategy's own `load_checkpoint`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,9 +22,12 @@ from typing import Any, TypeGuard
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
+from plprune.dist import together
 from plprune.errors import CheckpointError
 from plprune.files import write_json
+from plprune.lit import folders
 
 KEY = "plprune"
 SIDECAR = ".structure.json"
@@ -31,29 +36,76 @@ Save = Callable[[], dict[str, Any]]
 Load = Callable[[dict[str, Any] | None], None]
 
 
+@dataclass(eq=False)
+class Carried:
+    """The parts of a run that travel with its checkpoints."""
+
+    strategy: Strategy
+    """Saves and loads."""
+    parts: dict[str, tuple[Save, Load]] = field(default_factory=dict)
+    """How to save and load each part, in the order they were registered."""
+    loaded: bool = False
+    """The parts of the checkpoint being loaded were read before its weights."""
+
+    def save(
+        self,
+        own: Callable[..., None],
+        checkpoint: dict[str, Any],
+        filepath: Any,
+        storage_options: Any | None = None,
+    ) -> None:
+        """Save as the strategy does, with the parts; called on all ranks."""
+        checkpoint[KEY] = {key: save() for key, (save, _) in self.parts.items()}
+        write = partial(own, checkpoint, storage_options=storage_options)
+        if folders.are_written_by(self.strategy):
+            folders.save(self.strategy, write, checkpoint[KEY], filepath)
+        else:
+            write(filepath)
+
+    def load(self, own: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as the strategy does; parts first, if the strategy loads weights itself."""
+        with together():
+            if self.strategy.is_global_zero:
+                require_readable(path)
+        if self.strategy.restore_checkpoint_after_setup:
+            self.restore(folders.parts_of(path, KEY))
+            self.loaded = True
+        return own(path, *args, **kwargs)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Hand every part what a checkpoint holds of it."""
+        for key, (_, load) in self.parts.items():
+            load(saved.get(key))
+
+
 class CarryIO(_WrappingCheckpointIO):
-    """Adds every registered part to each checkpoint and a readable structure beside it."""
+    """Writes single files completely or not at all, with a readable structure beside them."""
 
     def __init__(self, inner: CheckpointIO) -> None:
         """Wrap the strategy's own IO."""
         super().__init__(inner)
         self.inner = inner
-        self.parts: dict[str, tuple[Save, Load]] = {}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Save through the wrapped IO, then the sidecar; each appears only when it is complete."""
-        checkpoint[KEY] = {key: save() for key, (save, _) in self.parts.items()}
         with _complete(path, type(self.inner) is TorchCheckpointIO) as target:
             self.inner.save_checkpoint(checkpoint, target, storage_options=storage_options)
-        structure = checkpoint[KEY].get("prune", {}).get("structure")
+        structure = checkpoint.get(KEY, {}).get("prune", {}).get("structure")
         if structure is not None and "://" not in str(path):
             write_json(f"{path}{SIDECAR}", structure, indent=1)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load through the wrapped IO, with a message for a file that is damaged or missing."""
         require_readable(path)
+        if Path(str(path)).is_dir():
+            raise CheckpointError(
+                "the checkpoint is a folder, of a strategy that divides the weights",
+                given=str(path),
+                allowed="a single file, as strategies with whole weights save it",
+                fix="resume with the strategy that saved it",
+            )
         try:
             return self.inner.load_checkpoint(path, *args, **kwargs)
         except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
@@ -69,24 +121,35 @@ def carry(trainer: Trainer, module: LightningModule, key: str, save: Save, load:
     """Let a part of the run travel with every checkpoint.
 
     Args:
-        trainer: its strategy's checkpoint IO is wrapped once.
+        trainer: its strategy and its checkpoint IO are wrapped once.
         module: its `on_load_checkpoint` is wrapped once.
         key: name of the part.
-        save: returns plain values and tensors (checkpoints load with `weights_only=True`).
+        save: called on all ranks; returns plain values and tensors (checkpoints load with
+            `weights_only=True`), of which those of rank 0 are written.
         load: called before weights load, with what `save` returned or None if the checkpoint has no
             such part; parts load in the order they were registered.
     """
-    checkpoint_io = trainer.strategy.checkpoint_io
-    if not isinstance(checkpoint_io, CarryIO):
-        checkpoint_io = CarryIO(checkpoint_io)
-        trainer.strategy.checkpoint_io = checkpoint_io
-    checkpoint_io.parts[key] = (save, load)
+    carried = _carried(trainer.strategy)
+    carried.parts[key] = (save, load)
     own = module.__dict__.get("on_load_checkpoint")
     if not _wrapped(own):
         # An instance attribute, because this is the only hook of a user's module that runs before
         # its weights load.
-        hook = partial(_load_parts, checkpoint_io, module, own)
+        hook = partial(_load_parts, carried, module, own)
         object.__setattr__(module, "on_load_checkpoint", hook)
+
+
+def _carried(strategy: Strategy) -> Carried:
+    found: Any = strategy.__dict__.get("_plprune_carried")
+    if found is not None:
+        return found  # type: ignore[no-any-return]
+    made = Carried(strategy)
+    own: Any = strategy
+    own.checkpoint_io = CarryIO(strategy.checkpoint_io)
+    own.save_checkpoint = partial(made.save, strategy.save_checkpoint)
+    own.load_checkpoint = partial(made.load, strategy.load_checkpoint)
+    own._plprune_carried = made
+    return made
 
 
 def release(module: LightningModule) -> None:
@@ -110,14 +173,14 @@ def _wrapped(hook: Any) -> TypeGuard[partial[None]]:
 
 
 def _load_parts(
-    carried: CarryIO,
+    carried: Carried,
     module: LightningModule,
     own: Callable[[dict[str, Any]], None] | None,
     checkpoint: dict[str, Any],
 ) -> None:
-    parts = checkpoint.get(KEY, {})
-    for key, (_, load) in carried.parts.items():
-        load(parts.get(key))
+    if not carried.loaded:
+        carried.restore(checkpoint.get(KEY, {}))
+    carried.loaded = False
     hook = partial(type(module).on_load_checkpoint, module) if own is None else own
     hook(checkpoint)
 
@@ -132,7 +195,10 @@ def require_readable(path: Any) -> None:
         CheckpointError: naming the file.
     """
     file = Path(str(path))
-    if "://" in str(path) or file.is_dir():
+    if "://" in str(path):
+        return
+    folders.recover(file)
+    if file.is_dir():
         return
     if not file.exists():
         raise CheckpointError("there is no such checkpoint", given=str(path), fix="check ckpt_path")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from plprune import dist
 from plprune.describe import describe
 from plprune.errors import CheckpointError, ConfigError, PlanError
 from plprune.lora import any_adapter, any_dora
@@ -202,6 +203,21 @@ class RandomState:
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint that loads with `weights_only=True`."""
         return dict(vars(self))
+
+    @classmethod
+    def of_all(cls) -> list[dict[str, Any]]:
+        """The states of all ranks, for a checkpoint; all must call."""
+        own = cls.now().to_dict()
+        if dist.world_size() == 1:
+            return [own]
+        states: list[Any] = [None] * dist.world_size()
+        torch.distributed.all_gather_object(states, own)
+        return states
+
+    @classmethod
+    def mine(cls, states: Sequence[Mapping[str, Any]]) -> RandomState | None:
+        """The state of this rank, if a rank of its number was there when they were saved."""
+        return cls.from_dict(states[dist.rank()]) if dist.rank() < len(states) else None
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> RandomState:

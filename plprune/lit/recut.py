@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -78,6 +79,22 @@ def _groups(trainer: Trainer) -> list[list[tuple[Any, int]]]:
         [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
         for optimizer in trainer.strategy.optimizers
     ]
+
+
+def late_cut(trainer: Trainer, progressive: Progressive) -> Callable[[Lowered], Applied] | None:
+    """How a checkpoint's structure is cut out of a model that its strategy has set up already.
+
+    Args:
+        trainer: loading a checkpoint.
+        progressive: of the dense model.
+
+    Returns:
+        A function of the kept entries; None for strategies that load before they wrap.
+    """
+    if not trainer.strategy.restore_checkpoint_after_setup:
+        return None
+    adapter, model, dense = adapter_for(trainer.strategy), progressive.model, progressive.dense
+    return lambda lowered: adapter.recut(trainer, model, dense, lowered, reset=True)
 
 
 def commit_masked(trainer: Trainer, progressive: Progressive, probe: Batch, *, reset: bool) -> None:

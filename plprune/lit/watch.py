@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from plprune.dist import reduce
+from plprune.dist import rank, reduce
 from plprune.drivers.whole import Batch, token_mask
 from plprune.errors import DataError, PlanError
 from plprune.observe import Observation, StatMap, check, observe, to_cpu
@@ -94,17 +94,17 @@ class Watch:
         return to_cpu(stats)
 
     def state(self) -> list[dict[str, Any]]:
-        """Sums so far, for a checkpoint inside the window."""
+        """Sums of all ranks so far, for a checkpoint inside the window; all ranks must call."""
         if self._seen is None:
             return self._restored or []
         return [
             {"module": tap.module, "stat": tap.stat.__name__, "sums": dict(vars(stat))}
-            for tap, stat in self._seen.stats.items()
+            for tap, stat in reduce(self._seen.stats).items()
         ]
 
     def restore(self, state: list[dict[str, Any]]) -> None:
-        """Go on from the sums of a checkpoint."""
-        self._restored = state
+        """Go on from the sums of a checkpoint: one rank, or they would count once for each."""
+        self._restored = state if rank() == 0 else []
 
 
 def _unpacked(state: list[dict[str, Any]], taps: Sequence[Tap], device: torch.device) -> StatMap:

@@ -82,7 +82,7 @@ def test_strategies_that_cannot_be_cut(kind: type) -> None:
 def test_settings_of_a_strategy_that_no_cut_survives(strategy: Any, message: str) -> None:
     made = fitting.trainer([prune()], devices=2, strategy=strategy)
     with pytest.raises(ConfigError, match=message):
-        adapter_for(made.strategy).require(made)
+        adapter_for(made.strategy).prepare(made)
 
 
 def test_a_dense_run_with_the_callback_is_a_dense_run() -> None:

@@ -17,8 +17,8 @@ from plprune.surgery.state import slice_optimizer
 class Adapter(ABC):
     """How one strategy lets a model change its shapes between two optimizer steps."""
 
-    def require(self, trainer: Trainer) -> None:
-        """Refuse settings of the strategy that no cut survives, before anything long starts.
+    def prepare(self, trainer: Trainer) -> None:
+        """Refuse settings of the strategy that no cut survives, and mend what would spoil a run.
 
         Args:
             trainer: with its strategy set up.
@@ -55,6 +55,14 @@ class Adapter(ABC):
         Returns:
             Spec after the cut and the replaced parameters.
         """
+
+    def rest(self, trainer: Trainer) -> None:
+        """Bring the parameters that training owns back into the modules, before these change.
+
+        Args:
+            trainer: set up or running.
+        """
+        del trainer
 
     def refit(self, trainer: Trainer) -> None:
         """Take over a model that got or lost parameters, or whose parameters were frozen.

@@ -28,8 +28,8 @@ from plprune.surgery.apply import Applied
 class FSDP2(Adapter):
     """Weights, gradients and optimizer state divided by `fully_shard`."""
 
-    def require(self, trainer: Trainer) -> None:
-        """Refuse tensor parallelism, and a torch whose FSDP2 is built otherwise."""
+    def prepare(self, trainer: Trainer) -> None:
+        """Refuse tensor parallelism and a torch whose FSDP2 is built otherwise."""
         strategy = trainer.strategy
         assert isinstance(strategy, ModelParallelStrategy), "chosen by `adapter_for`"
         size = strategy.device_mesh["tensor_parallel"].size()
@@ -41,23 +41,53 @@ class FSDP2(Adapter):
                 fix="set tensor_parallel_size: 1 and data_parallel_size to the number of devices",
             )
         _require_known_torch()
+        mend_saving(strategy)
 
     def recut(
         self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool
     ) -> Applied:
         """Commit a cut; see `Adapter.recut`."""
-        root = trainer.lightning_module
-        reshard(root)
+        self.rest(trainer)
         applied = cut_in_place(self.optimizers(trainer), model, spec, lowered, reset=reset)
-        adopt(root)
+        adopt(trainer.lightning_module)
         return applied
+
+    def rest(self, trainer: Trainer) -> None:
+        """Free what FSDP keeps complete between passes: changes to that would be lost."""
+        reshard(trainer.lightning_module)
 
     def refit(self, trainer: Trainer) -> None:
         """Shard what is new, forget what is gone; see `Adapter.refit`."""
-        root = trainer.lightning_module
-        reshard(root)
-        adopt(root)
+        self.rest(trainer)
+        adopt(trainer.lightning_module)
         super().refit(trainer)
+
+
+def mend_saving(strategy: ModelParallelStrategy) -> None:
+    """Keep a checkpoint from changing the run that writes it.
+
+    To save an optimizer that made no step yet, torch lets it make one on zero gradients: moments
+    are zero as they should be, but the step counts, and bias corrections start one step late.
+
+    Args:
+        strategy: its `optimizer_state` is replaced, once.
+    """
+    if "optimizer_state" in vars(strategy):
+        return
+    own = strategy.optimizer_state
+
+    def optimizer_state(optimizer: Any) -> dict[str, Any]:
+        inner = getattr(optimizer, "_optimizer", optimizer)
+        fresh = not inner.state
+        saved = own(optimizer)
+        if fresh:
+            inner.state.clear()
+            for state in saved.get("state", {}).values():
+                if "step" in state:
+                    state["step"] = 0 * state["step"]
+        return saved
+
+    strategy.optimizer_state = optimizer_state  # type: ignore[method-assign]
 
 
 def reshard(root: nn.Module) -> None:
@@ -76,7 +106,7 @@ def adopt(root: nn.Module) -> None:
 
     Args:
         root: any module with FSDP modules in it, resharded. Parameters that are new may be sharded
-            already or complete and equal on all ranks.
+            already, or complete; then those of rank 0 count.
     """
     present = set(root.modules())
     owner = dict(_owners(root))
@@ -125,6 +155,8 @@ def _renewed(group: Any, old: Any, present: set[nn.Module]) -> Any:
     info = old._module_info
     current = info.module._parameters.get(info.param_name) if info.module in present else None
     if current is old.sharded_param:
+        if hasattr(old, "_unsharded_param"):  # made once; it would go on asking for gradients
+            old._unsharded_param.requires_grad_(current.requires_grad)
         return old
     old._post_load_hook_handle.remove()
     if current is None:
@@ -154,11 +186,13 @@ def _renewed(group: Any, old: Any, present: set[nn.Module]) -> Any:
 def _entry(
     group: Any, full: torch.Tensor, module: nn.Module, name: str, parameter: nn.Parameter
 ) -> Any:
-    """An entry for a complete parameter that no group knows yet."""
+    """An entry for a complete parameter that no group knows yet; all get that of rank 0."""
+    full = full.to(group.device).contiguous()
+    torch.distributed.broadcast(full, 0)
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 
     return FSDPParam(
-        nn.Parameter(full.to(group.device).contiguous(), requires_grad=parameter.requires_grad),
+        nn.Parameter(full, requires_grad=parameter.requires_grad),
         ParamModuleInfo(module, name),
         group.mesh_info,
         group.post_forward_mesh_info,

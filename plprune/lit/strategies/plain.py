@@ -29,7 +29,7 @@ class SingleDevice(Adapter):
 class DDP(SingleDevice):
     """The same on every process, with the wrapper off: its reducer hangs at the old tensors."""
 
-    def require(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Trainer) -> None:
         """Refuse averaging of whole models, and children that keep the cut model to themselves."""
         strategy = trainer.strategy
         assert isinstance(strategy, DDPStrategy), "chosen by `adapter_for`"
