@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, final
@@ -16,8 +16,9 @@ from plprune.errors import ConfigError, ExportError
 from plprune.export import save_hf
 from plprune.export_card import CardInfo
 from plprune.lit import guard, measured
-from plprune.load import STRUCTURE_FILE
+from plprune.load import STRUCTURE_FILE, load_tokenizer
 from plprune.lora import any_adapter
+from plprune.sharded import is_sharded
 from plprune.surgery.rebuild import structure_of
 from plprune.unwrap import find_model, unwrap
 
@@ -45,7 +46,8 @@ class ExportHF(Callback):
             mode: stock class (`plain`), own short modeling file (`per_layer`), or whichever fits
                 (`auto`).
             dtype: of the saved weights; default the model's.
-            tokenizer: directory or hub id; default the data module's, else the base model's.
+            tokenizer: directory or hub id, or `none` to write none; default the data module's, else
+                the base model's. Loaded before training.
             overwrite: replace an existing directory.
             attribute: where the language model hangs in the module; default the only one in it.
 
@@ -75,15 +77,27 @@ class ExportHF(Callback):
                         ours=lambda names: STRUCTURE_FILE in names,
                     )
             guard.ensure_model(pl_module)
-            self._dense = describe(find_model(pl_module, self.attribute))
+            model = find_model(pl_module, self.attribute)
+            self._dense, self._loaded = describe(model), None
+            with together():
+                if trainer.is_global_zero:
+                    self._loaded = self._tokenizer(trainer, unwrap(model))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, unless the run was interrupted."""
-        if not trainer.is_global_zero or trainer.interrupted:
-            return
         model: Any = unwrap(find_model(pl_module, self.attribute))
+        if trainer.interrupted:
+            return
         if any_adapter(model):
             raise _unmerged()
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            self._write(trainer, pl_module, model)  # all ranks help
+            return
+        with together():
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module, model)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, model: Any) -> None:
         progressive = guard.progressive_of(trainer)
         spec = describe(model) if progressive is None else progressive.spec
         dense = self._dense if progressive is None else progressive.dense
@@ -94,7 +108,7 @@ class ExportHF(Callback):
             self.directory,
             spec=spec,
             structure=structure_of(spec, dense),
-            tokenizer=self._tokenizer(trainer, model),
+            tokenizer=self._loaded,
             card=CardInfo(**self._card(trainer, pl_module, model)),
             overwrite=self.overwrite,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
@@ -112,14 +126,21 @@ class ExportHF(Callback):
         return measured.card(trainer, base, pruner, report)
 
     def _tokenizer(self, trainer: Trainer, model: Any) -> Any:
-        from plprune.load import load_tokenizer
-
-        if self.tokenizer is not None:
-            return load_tokenizer(self.tokenizer)
+        """Loaded before training: without it the result could not be written."""
         data: Any = getattr(trainer, "datamodule", None)
-        if hasattr(data, "loaded_tokenizer"):
+        if self.tokenizer is None and hasattr(data, "loaded_tokenizer"):
             return data.loaded_tokenizer()
-        return load_tokenizer(model.config._name_or_path)
+        name = self.tokenizer or getattr(model.config, "_name_or_path", "")
+        if name == "none":
+            return None
+        if not name:
+            raise ConfigError(
+                "no tokenizer for the export",
+                given="a model that does not know where it came from, no data module of plprune",
+                allowed="a folder, a hub id, or none",
+                fix='say ExportHF(..., tokenizer=DIR), or tokenizer="none" to export without one',
+            )
+        return load_tokenizer(name)
 
 
 def _unmerged() -> ExportError:
@@ -158,10 +179,19 @@ def require_writable(directory: Path, *, overwrite: bool, ours: Callable[[set[st
     parent = next(
         p for p in (directory.absolute().parent, *directory.absolute().parents) if p.exists()
     )
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not _takes_files(parent):
         raise ExportError(
             "cannot write the target directory",
             given=f"{directory} below {parent}",
             allowed="a writable parent directory",
             fix="choose another directory or change its permissions",
         )
+
+
+def _takes_files(folder: Path) -> bool:
+    """Try it: permissions say nothing to root, on read-only disks and in special file systems."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".plprune-", dir=folder):
+            return True
+    except OSError:
+        return False

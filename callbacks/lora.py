@@ -15,7 +15,8 @@ from plprune.errors import CheckpointError, ConfigError
 from plprune.lit import carry, guard
 from plprune.lit.recut import assert_consistent
 from plprune.lit.strategies import adapter_for
-from plprune.lora import Injected, inject, merge, save_adapter
+from plprune.lora import Injected, inject, merge, plain_config, require_same_adapters
+from plprune.lora_files import adapter_state, save_adapter
 from plprune.sharded import is_sharded
 from plprune.unwrap import find_model, unwrap
 
@@ -130,12 +131,21 @@ class LoRARecovery(Callback):
         """Save the adapters and fold them in."""
         if self.injected is None:
             return
-        if self.adapter_dir is not None and trainer.is_global_zero:
-            spec = describe(self.injected.model)
-            save_adapter(self.injected, self.adapter_dir, spec, overwrite=self.overwrite)
+        sharded = _is_sharded(pl_module)
+        if sharded:
+            adapter_for(trainer.strategy).rest(trainer)
+        if self.adapter_dir is not None:
+            spec, tensors = describe(self.injected.model), adapter_state(self.injected.model)
+            with together():
+                if trainer.is_global_zero:
+                    save_adapter(
+                        self.injected, self.adapter_dir, spec, tensors, overwrite=self.overwrite
+                    )
         if self.merge_at_end:
             merge(self.injected)
             self.injected = None
+            if sharded:
+                adapter_for(trainer.strategy).rewrap(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module's own hooks."""
@@ -148,11 +158,14 @@ class LoRARecovery(Callback):
         carry.release(pl_module)
 
     def _save(self) -> dict[str, Any]:
-        return {"injected": self.injected is not None}
+        config = None if self.injected is None else plain_config(self.injected.config)
+        return {"injected": self.injected is not None, "config": config}
 
     def _load(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         if state is not None and state["injected"]:
             self._inject(pl_module)
+            assert self.injected is not None, "just injected"
+            require_same_adapters(plain_config(self.injected.config), state.get("config"))
         elif self.injected is not None:
             raise CheckpointError(
                 "the checkpoint has no adapters",

@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from plprune import cuts as planned
-from plprune.budget import Budget
+from plprune.budget import Budget, require_objects
 from plprune.callbacks.statistics import Statistics
 from plprune.count import count_params
 from plprune.cuts import Cut
 from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
 from plprune.lit import carry, guard, progress
+from plprune.lit.recipe import recipe_of, warn_changed
 from plprune.lit.recut import commit_masked, late_cut, require_cuttable
 from plprune.lit.strategies import adapter_for
 from plprune.lit.watch import Watch
@@ -60,8 +61,10 @@ class Prune(Callback):
                 model in it.
 
         Raises:
-            ConfigError: for a method without budget or an unknown choice.
+            ConfigError: for a method without budget, an unknown choice, or another class.
         """
+        given = {Method: method, Budget: budget, Schedule: schedule, Statistics: statistics}
+        require_objects("prune", given)
         if method is not None and budget is None:
             raise ConfigError(
                 "a pruning method without a budget",
@@ -77,9 +80,8 @@ class Prune(Callback):
                 "unknown prune.optimizer_state", given=repr(optimizer_state), allowed="slice, reset"
             )
         self.method, self.budget = method, budget
-        self.schedule = schedule or OneShot()
+        self.schedule, self.statistics = schedule or OneShot(), statistics or Statistics()
         self.commit, self.optimizer_state = commit, optimizer_state
-        self.statistics = statistics or Statistics()
         self.attribute = attribute
         self.progressive: Progressive | None = None
         self.cuts: tuple[Cut, ...] = ()
@@ -281,17 +283,14 @@ class Prune(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _save(self) -> dict[str, Any]:
-        state: dict[str, Any] = {
-            "rng": guard.RandomState.of_all(),
-            "seen": self._watch.state(),
-        }
-        if self.progressive is not None:
-            state.update(self.progressive.state())
-        return state
+        pruned = {} if self.progressive is None else self.progressive.state()
+        recipe, rng = recipe_of(self), guard.RandomState.of_all()
+        return {"rng": rng, "seen": self._watch.state(), "recipe": recipe, **pruned}
 
     def _load(self, trainer: Trainer, state: dict[str, Any] | None) -> None:
         if state is None:
             return
+        warn_changed(state.get("recipe"), self)
         self._rng = guard.RandomState.mine(state["rng"])
         self._watch.restore(state["seen"])
         if "committed" in state:

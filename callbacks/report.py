@@ -17,10 +17,12 @@ from plprune.count import Tally, tally
 from plprune.describe import describe
 from plprune.dist import together
 from plprune.evaluate import PerplexityResult, perplexity
-from plprune.lit import carry, guard, measured, progress
-from plprune.report import Report, Sample, Score
+from plprune.lit import carry, guard, measured, progress, protocol
+from plprune.report import Report
 from plprune.report_html import FILES, write
+from plprune.report_parts import Sample, Score, SpeedPair
 from plprune.sharded import is_sharded
+from plprune.spec import Spec
 from plprune.timing import greedy_samples, speed
 from plprune.unwrap import find_model, unwrap
 
@@ -148,10 +150,11 @@ class PruneReport(Callback):
             else f"{type(pruner.method).__name__} {pruner.method.hyper()}",
             asked=asked,
             got=got,
-            protocol=measured.protocol(trainer, progressive, after),
+            protocol=protocol.protocol(trainer, pl_module, after),
+            config=protocol.config_of(trainer),
             sizes=measured.sizes(self._dense, tally(model, spec, context=self.context)),
             perplexity=_scores(self._log["dense"], after, trained=trainer.global_step > 0),
-            speed=self._speed(trainer, pl_module, model),
+            speed=self._speed(trainer, pl_module, model, spec),
             layers=() if progressive is None else measured.layers(progressive),
             scores=() if progressive is None else measured.scores(progressive),
             cuts=() if progressive is None else measured.cut_records(progressive, seconds),
@@ -187,7 +190,9 @@ class PruneReport(Callback):
             for p, a, b in zip(self.prompts, before, after, strict=False)
         )
 
-    def _speed(self, trainer: Trainer, pl_module: LightningModule, model: Any) -> tuple[Any, ...]:
+    def _speed(
+        self, trainer: Trainer, pl_module: LightningModule, model: Any, spec: Spec
+    ) -> tuple[SpeedPair, ...]:
         from plprune.load import load_hf
 
         base = getattr(pl_module, "pretrained", None)
@@ -203,7 +208,8 @@ class PruneReport(Callback):
             parameter.device
         )
         log.info("measuring speed, dense and pruned side by side")
-        return measured.speed_pairs(speed(dense, plain, prompt_len=128, rounds=3))
+        result = speed(dense, plain, prompt_len=128, rounds=3)
+        return measured.speed_pairs(result, describe(dense), spec)
 
     def _save(self) -> dict[str, Any]:
         """What was noted, with the losses of all ranks averaged; all ranks must call."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Trainer
 
+from plprune.budget import require_numbers
 from plprune.drivers.whole import Batch
 from plprune.errors import ConfigError, DataError
 from plprune.lit import calibration
@@ -34,8 +35,15 @@ class Statistics:
         """Check choices.
 
         Raises:
-            ConfigError: for an unknown source or an empty window.
+            ConfigError: for an unknown source, an empty window, or batches that are no list.
         """
+        require_numbers(self, "prune.statistics")
+        if self.batches is not None and not isinstance(self.batches, Iterable):
+            raise ConfigError(
+                "prune.statistics.batches is not a list of batches",
+                given=type(self.batches).__name__,
+                allowed="a list or another iterable of dicts, or None",
+            )
         if self.source not in get_args(Source):
             raise ConfigError(
                 "unknown prune.statistics.source",
@@ -54,7 +62,8 @@ class Statistics:
             trainer: with its data module.
 
         Raises:
-            DataError: if neither the data module nor the callback has calibration batches.
+            DataError: if neither the data module nor the callback has calibration batches, or
+                those of the callback cannot be used.
         """
         if (
             self.source != "training"
@@ -67,6 +76,15 @@ class Statistics:
                 allowed="a data module with calibration_batches(step, fixed), or batches",
                 fix="use LitTokens, pass Statistics(batches=[...]), or set source: training",
             )
+        self._keep()
+        # Other iterables, such as a DataLoader, draw random numbers: they wait for their cut.
+        if self.source != "training" and isinstance(self.batches, Sequence):
+            calibration.require_usable(self.batches, "callback")
+
+    def _keep(self) -> None:
+        """An iterator would be empty at the second cut."""
+        if isinstance(self.batches, Iterator):
+            self.batches = list(self.batches)
 
     def share_for(self, trainer: Trainer, cut: int) -> calibration.Share:
         """What this process runs of the calibration set of a cut.
@@ -78,8 +96,7 @@ class Statistics:
         Returns:
             Its share.
         """
-        if isinstance(self.batches, Iterator):
-            self.batches = list(self.batches)  # it would be empty at the second cut
+        self._keep()
         fixed = self.source == "fixed"
         share = calibration.share_of(trainer, self.batches, cut, fixed=fixed)
         self.probe = share.probe

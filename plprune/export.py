@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from plprune import dist
 from plprune.describe import describe
 from plprune.errors import ExportError, first_line
 from plprune.export_card import CardInfo, card_text
@@ -23,6 +24,7 @@ from plprune.export_config import MODELING_FILE, Mode, Target, modeling_source, 
 from plprune.export_weights import bytes_of, dtype_of, is_tied, tensors_of, write_shards
 from plprune.files import write_json
 from plprune.load import STRUCTURE_ATTRIBUTE, STRUCTURE_FILE
+from plprune.sharded import is_sharded
 from plprune.spec import Spec
 from plprune.unwrap import family_of, unwrap
 
@@ -69,7 +71,8 @@ def save_hf(
     """Save a pruned model as a folder for `from_pretrained`.
 
     The folder is written under a temporary name beside the target and renamed when it is complete.
-    In a distributed run call it on one process, with whole tensors.
+    In a distributed run call it on one process; if the weights are divided, on all of them: rank 0
+    writes, the others help to put tensors together, one at a time.
 
     Args:
         model: the pruned model, LoRA merged; wrappers are taken off.
@@ -93,11 +96,20 @@ def save_hf(
     plain = unwrap(model)
     _check_model(plain, spec, structure)
     _check_reports(chosen.report_files)
-    with _staging(target_dir, overwrite=overwrite) as work:
-        tensors = tensors_of(plain, dtype=chosen.dtype)
-        target = target_for(plain, spec, tensors, mode=mode, tied=is_tied(plain))
-        info = replace(card or CardInfo(), name=(card and card.name) or target_dir.name)
-        _fill(work, plain, structure, target, tensors, info, chosen)
+    shared = any(is_sharded(parameter) for parameter in plain.parameters())
+    writes = not shared or dist.rank() == 0
+    staging = _staging(target_dir, overwrite=overwrite) if writes else contextlib.nullcontext()
+    with contextlib.ExitStack() as stack:
+        with dist.together() if shared else contextlib.nullcontext():
+            work = stack.enter_context(staging)
+        with dist.together() if shared else contextlib.nullcontext():
+            tensors = tensors_of(plain, dtype=chosen.dtype)
+            target = target_for(plain, spec, tensors, mode=mode, tied=is_tied(plain))
+            info = replace(card or CardInfo(), name=(card and card.name) or target_dir.name)
+            if work is not None:
+                _fill(work, plain, structure, target, tensors, info, chosen)
+        # Last, because it takes longest: whatever can fail quickly has failed by now.
+        write_shards(work, tensors, target.zeros, chosen.dtype, chosen.max_shard_bytes)
     return target_dir
 
 
@@ -146,8 +158,6 @@ def _fill(
     (work / "README.md").write_text(text, "utf-8")
     write_json(work / STRUCTURE_FILE, _sidecar(model, structure, target, info))
     _copy_reports(work, chosen.report_files)
-    # Last, because it takes longest: whatever can fail quickly has failed by now.
-    write_shards(work, tensors, target.zeros, chosen.dtype, chosen.max_shard_bytes)
 
 
 def _write_settings(

@@ -155,7 +155,7 @@ def _making(info: CardInfo) -> str:
         "budget got": _words(info.got),
         "training": info.training,
         "seed": "" if info.seed is None else str(info.seed),
-        "calibration tokens, sha256": info.data_hash,
+        "calibration set of the last cut, sha256": info.data_hash,
     }
     lines = [f"- {name}: {value}" for name, value in facts.items() if value]
     return "\n".join(lines) or "Not recorded."

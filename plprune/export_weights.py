@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from plprune.dist import together
 from plprune.errors import ExportError
 from plprune.export_config import Shapes
+from plprune.sharded import is_sharded, part, whole
 from plprune.surgery.linear_like import is_adapter_parameter
 from plprune.unwrap import family_of
 
@@ -64,19 +68,18 @@ def tensors_of(model: nn.Module, *, dtype: torch.dtype | None) -> dict[str, Tens
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
-    if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "full_tensor"):
-        kind = (
-            "on the meta device" if tensor.is_meta else "sharded" if tensor.numel() else "of size 0"
-        )
+    if tensor.is_meta or tensor.numel() == 0:
+        kind = "on the meta device" if tensor.is_meta else "of size 0"
         raise ExportError(
             f"{name} has no data to write",
             given=f"a tensor {kind}, shape {tuple(tensor.shape)}",
-            allowed="whole tensors on one device",
-            fix="gather sharded weights first, and keep at least one unit in every layer",
+            allowed="tensors with data",
+            fix="load the weights first, and keep at least one unit in every layer",
         )
-    if not tensor.is_floating_point():
+    # Of a divided tensor every rank looks at its own part, which may be empty.
+    cast = _cast(part(tensor), dtype)
+    if not tensor.is_floating_point() or cast.numel() == 0:
         return
-    cast = _cast(tensor, dtype)
     # nan and inf both reach the extremes; one pass without temporaries, where isfinite is slow.
     if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(cast)):
         bad = int((~torch.isfinite(cast)).sum())
@@ -127,7 +130,7 @@ def bytes_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
 
 
 def write_shards(
-    directory: Path,
+    directory: Path | None,
     tensors: Mapping[str, Tensor],
     zeros: Shapes,
     dtype: torch.dtype | None,
@@ -136,32 +139,54 @@ def write_shards(
     """Write safetensors files, one in memory at a time, and their index when there are several.
 
     Args:
-        directory: existing folder.
+        directory: existing folder; None on ranks that only help to put divided tensors together.
         tensors: from `tensors_of`.
         zeros: biases to add, all zero.
         dtype: number format of floating-point tensors, `None` for their own.
         max_shard_bytes: bound for one file; a larger single tensor gets a file of its own.
     """
-    from safetensors.torch import save_file
-
     fill = {n: torch.zeros(shape, dtype=dtype_of(tensors, dtype)) for n, shape in zeros.items()}
     everything = dict(tensors) | fill
     groups = list(_groups(everything, dtype, max_shard_bytes))
+    shared = any(is_sharded(tensor) for tensor in everything.values())
     where: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = (
             WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         )
         # A fresh copy: safetensors refuses tensors that share memory, and views of larger storages.
-        shard = {n: _cast(everything[n], dtype).to("cpu", copy=True).contiguous() for n in names}
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        shard = _gathered(everything, names, dtype, keep=directory is not None)
+        with together() if shared else contextlib.nullcontext():
+            if directory is not None:
+                _save(shard, directory / file)
         where.update(dict.fromkeys(names, file))
-    if len(groups) > 1:
+    if len(groups) > 1 and directory is not None:
         index: dict[str, Any] = {
             "metadata": {"total_size": bytes_of(everything, dtype)},
             "weight_map": where,
         }
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path.touch()  # with the permissions of every other file; safetensors makes private ones
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _gathered(
+    tensors: Mapping[str, Tensor], names: Iterable[str], dtype: torch.dtype | None, *, keep: bool
+) -> dict[str, Tensor]:
+    """Copies on the CPU, put together one tensor at a time; empty on ranks that keep none."""
+    shard = {}
+    for name in names:
+        complete = whole(tensors[name])
+        if keep:
+            shard[name] = _cast(complete, dtype).to("cpu", copy=True).contiguous()
+    return shard
 
 
 def _groups(
@@ -184,4 +209,5 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    return _cast(tensor[:0] if tensor.dim() else tensor, dtype).element_size() * tensor.numel()
+    kind = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+    return kind.itemsize * tensor.numel()

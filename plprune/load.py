@@ -151,13 +151,20 @@ def _local(path_or_id: str | Path, holds: str) -> Path | None:
     folder = Path(path_or_id).expanduser()
     if str(path_or_id) and folder.is_dir():
         return folder
+    fix = "check the path"
     if isinstance(path_or_id, str) and _HUB_ID.fullmatch(path_or_id) and not folder.exists():
-        return None
+        # With `runs` here, `runs/model` is a path with a mistake and no name to ask the hub for.
+        if len(folder.parts) == 1 or not folder.parent.is_dir():
+            return None
+        fix += (
+            f": {folder.parent} is a folder here and holds no {folder.name}; for a model of the "
+            f"hub, work in a folder without {folder.parent}"
+        )
     raise ModelError(
         "no such model folder",
         given=(str(path_or_id) or "nothing") + (" (a file)" if folder.is_file() else ""),
         allowed=f"an existing folder with {holds}, or a hub id such as org/name",
-        fix="check the path",
+        fix=fix,
     )
 
 

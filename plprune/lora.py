@@ -1,4 +1,4 @@
-"""LoRA on a model that is cut: inject, merge, save and load adapters that know their structure.
+"""LoRA on a model that is cut: put adapters on it, merge them.
 
 peft's tuner changes the linears in place, so the Hugging Face model keeps its class and its place
 in the user's module; surgery cuts factors together with their linears.
@@ -7,26 +7,19 @@ in the user's module; surgery cuts factors together with their linears.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from plprune.errors import ConfigError, ExportError, StructureError
-from plprune.sharded import is_sharded
-from plprune.spec import Spec
+from plprune.errors import CheckpointError, ConfigError, ExportError
+from plprune.sharded import is_sharded, shard_like, whole
 from plprune.surgery.linear_like import is_adapter_parameter, is_lora
 from plprune.unwrap import family_of, unwrap
 
 ADAPTER = "default"
-HASH_KEY = "plprune_structure"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +31,7 @@ class Injected:
     tuner: Any
     """peft's `LoraModel`."""
     config: dict[str, Any]
-    """peft configuration as given."""
+    """Arguments of `peft.LoraConfig`, with our defaults."""
     trained: frozenset[str]
     """Names of the parameters that were trainable before."""
 
@@ -80,7 +73,7 @@ def inject(model: nn.Module, config: Mapping[str, Any]) -> Injected:
         raise ConfigError(
             "peft refused the LoRA config", given=str(error), fix="see peft.LoraConfig"
         ) from error
-    return Injected(model=plain, tuner=tuner, config=dict(config), trained=trained)
+    return Injected(model=plain, tuner=tuner, config=settings, trained=trained)
 
 
 def _require_whole(model: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -118,6 +111,46 @@ def _complete_shapes(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
+def require_same_adapters(given: Mapping[str, Any], saved: Mapping[str, Any] | None) -> None:
+    """Refuse adapters of another kind: their shapes may fit while their scale does not.
+
+    Args:
+        given: arguments of `peft.LoraConfig`; keys that are left out are not compared.
+        saved: those of the checkpoint; None if it does not say.
+
+    Raises:
+        CheckpointError: naming the first argument that differs.
+    """
+    for name, value in (saved or {}).items():
+        if name in given and _sorted(given[name]) != _sorted(value):
+            raise CheckpointError(
+                "the adapters in the checkpoint are of another kind",
+                given=f"lora.config.{name}: {given[name]}",
+                allowed=f"{value}, as in the checkpoint",
+                fix="use the config of the run",
+            )
+    extra = sorted(set(given) - set(saved or given))
+    if extra:
+        raise CheckpointError(
+            "the adapters in the checkpoint are of another kind",
+            given=f"lora.config.{extra[0]}: {given[extra[0]]}",
+            allowed="no such setting, as in the checkpoint",
+            fix="use the config of the run",
+        )
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `peft.LoraConfig` that a checkpoint can hold: those of plain types."""
+    plain = (str, int, float, list, dict, type(None))
+    values = {name: _sorted(value) for name, value in config.items()}
+    return {name: value for name, value in values.items() if isinstance(value, plain)}
+
+
+def _sorted(value: Any) -> Any:
+    """Comparable: peft takes lists, tuples and sets of names."""
+    return sorted(value) if isinstance(value, (list, tuple, set, frozenset)) else value
+
+
 def target_modules(model: nn.Module) -> list[str]:
     """Last path components of the linears of a block, as peft names targets."""
     roles = family_of(model).roles.values()
@@ -131,148 +164,41 @@ def merge(injected: Injected) -> None:
         injected: from `inject`.
 
     Raises:
-        ExportError: if a merged weight is not finite; the model is left with its adapters then.
+        ExportError: if a factor is not finite; the model is left with its adapters then.
     """
-    for name, module in injected.model.named_modules():
-        if is_lora(module):
-            delta = cast(Any, module).get_delta_weight(ADAPTER)
-            if not bool(torch.isfinite(delta).all()):
-                raise ExportError(
-                    "cannot merge adapters",
-                    given=f"NaN or infinity in {name}",
-                    allowed="finite factors",
-                )
-    injected.tuner.merge_and_unload()
+    layers = [(name, m) for name, m in injected.model.named_modules() if is_lora(m)]
+    for name, module in layers:
+        factors = (p for n, p in module.named_parameters() if is_adapter_parameter(n))
+        if not all(bool(torch.isfinite(whole(factor.detach())).all()) for factor in factors):
+            raise ExportError(
+                "cannot merge adapters",
+                given=f"NaN or infinity in {name}",
+                allowed="finite factors",
+            )
+    for _, module in layers:
+        with _complete(module):
+            cast(Any, module).merge()
+    injected.tuner.unload()
     for name, parameter in injected.model.named_parameters():
         parameter.requires_grad_(name in injected.trained)
 
 
-def structure_hash(spec: Spec) -> str:
-    """Hash of the widths an adapter was trained on."""
-    shapes = {name: [linear.rows, linear.cols] for name, linear in spec.linears.items()}
-    return hashlib.sha256(
-        json.dumps([spec.fingerprint, shapes], sort_keys=True).encode()
-    ).hexdigest()[:16]
-
-
-def save_adapter(
-    injected: Injected, directory: Path, spec: Spec, *, overwrite: bool = False
-) -> Path:
-    """Write adapters that peft alone can load, with the hash of the structure they fit.
-
-    Args:
-        injected: adapters in a model.
-        directory: target; written beside under a temporary name, then renamed.
-        spec: of the model as it is.
-        overwrite: replace an existing directory.
-
-    Returns:
-        The directory.
-
-    Raises:
-        ExportError: if it exists, or an adapter tensor is empty or not finite.
-    """
-    from safetensors.torch import save_file
-
-    if directory.exists() and not overwrite:
-        raise ExportError(
-            "the adapter directory exists", given=str(directory), fix="choose another or overwrite"
-        )
-    tensors = adapter_state(injected.model)
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
-            raise ExportError(
-                "adapter tensor is empty or not finite", given=f"{name} {tuple(tensor.shape)}"
-            )
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        injected.tuner.peft_config[ADAPTER].save_pretrained(str(temporary))
-        # Not in adapter_config.json: peft warns about keys it does not know.
-        metadata = {"format": "pt", HASH_KEY: structure_hash(spec)}
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata=metadata)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return directory
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Adapter tensors under the names peft uses on disk.
-
-    Args:
-        model: plain model with injected adapters.
-
-    Returns:
-        `base_model.model.<path>.lora_A.weight` and so on, contiguous, on the CPU.
-    """
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if is_adapter_parameter(name):
-            public = f"base_model.model.{name}".replace(f".{ADAPTER}.", ".")
-            if "lora_magnitude_vector" in public:
-                public = public.removesuffix(".weight")
-            state[public] = tensor.detach().cpu().contiguous()
-    return state
-
-
-def load_adapter(model: nn.Module, directory: Path, spec: Spec) -> Injected:
-    """Put saved adapters on a model, refusing another structure.
-
-    Args:
-        model: plain Hugging Face model.
-        directory: written by `save_adapter`.
-        spec: of `model`.
-
-    Returns:
-        The adapters, trainable.
-
-    Raises:
-        StructureError: if the adapter was trained on another structure, is damaged, or does not say
-            which.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
-            wanted = (file.metadata() or {}).get(HASH_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise StructureError(
-            "not a readable adapter", given=str(directory), allowed="a saved adapter"
-        ) from error
-    found = structure_hash(spec)
-    if wanted != found:
-        raise StructureError(
-            "the adapter belongs to another structure",
-            given=f"structure {wanted} in {directory.name}",
-            allowed=f"{found}, the model in memory",
-            fix="load the pruned model this adapter was trained on",
-        )
-    keep = (
-        *("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "use_dora", "use_rslora"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
-    )
-    injected = inject(model, {key: config[key] for key in keep if config.get(key) is not None})
-    _fill(injected.model, tensors)
-    return injected
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved adapter tensors into the adapters of a model."""
-    own = {name: value for name, value in model.state_dict().items() if is_adapter_parameter(name)}
-    public = dict(zip(adapter_state(model), own.values(), strict=True))
-    if public.keys() != tensors.keys():
-        raise StructureError(
-            "adapter tensors do not fit", given=str(sorted(tensors.keys() ^ public.keys())[:3])
-        )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            public[name].copy_(tensor)
+@contextlib.contextmanager
+def _complete(module: nn.Module) -> Iterator[None]:
+    """Let one layer with divided weights work on complete ones; what it changes is kept."""
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and is_sharded(parameter):
+                held.append((part, name, parameter))
+                full = whole(parameter.detach()).clone()
+                part._parameters[name] = nn.Parameter(full, requires_grad=False)
+    yield
+    for part, name, parameter in held:
+        full = cast(Tensor, part._parameters[name]).detach()
+        part._parameters[name] = parameter
+        with torch.no_grad():
+            cast(Any, parameter).to_local().copy_(cast(Any, shard_like(full, parameter)).to_local())
 
 
 def any_adapter(model: nn.Module) -> bool:

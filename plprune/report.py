@@ -8,98 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeAlias, cast, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
 
 from plprune.errors import ExportError
 from plprune.plots import Curve, LayerWidths, ScoreSummary, number, percent
+from plprune.report_json import decode, encode
+from plprune.report_parts import CutRecord as CutRecord
+from plprune.report_parts import Sample as Sample
+from plprune.report_parts import Score as Score
+from plprune.report_parts import SizePair as SizePair
+from plprune.report_parts import SpeedPair as SpeedPair
 
 FORMAT = "plprune.report/1"  # version of the JSON form
 GAIN = 1.05  # a lower speed ratio counts as no gain
-KINDS = {"mlp": "MLP channels", "kv_group": "KV groups", "value_dim": "value channels"}
+KINDS = {
+    "mlp": "MLP channels",
+    "kv_group": "KV groups",
+    "query_in_group": "query heads per KV group",
+    "value_dim": "value channels",
+}
 CHANNELS = ("mlp", "attn_read", "attn_write", "mlp_read", "mlp_write")  # multiples of 64 matter
 Value: TypeAlias = str | int | float | bool | list[Any] | dict[str, Any] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SizePair:
-    """One quantity counted before and after."""
-
-    dense: float | None = None
-    """Count of the dense model."""
-    pruned: float | None = None
-    """Count of the pruned model."""
-    note: str = ""
-    """What the count depends on, for example "at a context of 1,024 tokens"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Perplexity on one text, under the protocol of the report; None means not measured."""
-
-    data: str
-    """Name of the text."""
-    dense: float | None = None
-    """The dense model as loaded."""
-    dense_trained: float | None = None
-    """The dense model after the same training recipe and tokens."""
-    cut: float | None = None
-    """The pruned model without training."""
-    recovered: float | None = None
-    """The pruned model after training."""
-    seeds: int = 1
-    """Runs behind the figures (their mean)."""
-    spread: float | None = None
-    """Standard deviation of the last figure over the runs."""
-
-    @property
-    def final(self) -> float | None:
-        """Score of the model the run ended with."""
-        return self.cut if self.recovered is None else self.recovered
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeedPair:
-    """Tokens per second of both models, measured side by side in one process."""
-
-    phase: str
-    """`prefill` or `decode`."""
-    batch: int
-    """Sequences at once."""
-    dense: float | None = None
-    """Tokens per second of the dense model."""
-    pruned: float | None = None
-    """Tokens per second of the pruned model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CutRecord:
-    """One cut."""
-
-    step: int
-    """Optimizer step it happened at."""
-    before: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Axis kind -> width per layer before the cut."""
-    after: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Axis kind -> width per layer after the cut."""
-    params: int | None = None
-    """Parameters of the whole model after the cut."""
-    time_share: float | None = None
-    """Seconds of the cut divided by the seconds of the run."""
-    plan_hash: str = ""
-    """Hash of the plan that was applied."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Greedy continuations of one prompt."""
-
-    prompt: str
-    """The text both models continue."""
-    dense: str | None = None
-    """Continuation by the dense model."""
-    pruned: str | None = None
-    """Continuation by the pruned model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +66,13 @@ class Report:
     """Greedy continuations."""
     notes: tuple[str, ...] = ()
     """Deviations from the protocol and other remarks, shown below the verdict."""
+    config: str = ""
+    """Complete configuration of the run as YAML; empty for a run that had none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; a non-finite number is null and listed in `non_finite`."""
         odd: list[list[Any]] = []
-        body = _encode(self, [], odd)
+        body = encode(self, [], odd)
         return {"format": FORMAT, "verdict": verdict(self), **body, "non_finite": odd}
 
     @classmethod
@@ -152,48 +84,7 @@ class Report:
         derived = ("format", "verdict", "non_finite")
         odd = {tuple(at): float(text) for at, text in data.get("non_finite", ())}
         body = {key: value for key, value in data.items() if key not in derived}
-        return cast("Report", _decode(cls, body, (), odd))
-
-
-def _encode(value: Any, at: list[Any], odd: list[list[Any]]) -> Any:
-    if is_dataclass(value):
-        value = {item.name: getattr(value, item.name) for item in fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _encode(item, [*at, str(key)], odd) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item, [*at, place], odd) for place, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        odd.append([at, str(value)])
-        return None
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise ExportError(
-        f"JSON cannot hold the value at {'.'.join(map(str, at))}",
-        given=type(value).__name__,
-        allowed="text, numbers, true/false, null, lists, dictionaries",
-        fix="convert it with str(), float() or int() first",
-    )
-
-
-def _decode(kind: Any, value: Any, at: tuple[Any, ...], odd: dict[tuple[Any, ...], float]) -> Any:
-    if at in odd:
-        return odd[at]
-    origin, hints = get_origin(kind), get_type_hints(kind) if is_dataclass(kind) else {}
-    inner = get_args(kind)[-1] if origin is dict else get_args(kind)[0] if origin is tuple else None
-    try:
-        if hints:
-            found = {key: _decode(hints[key], value[key], (*at, key), odd) for key in value}
-            return kind(**found)
-        if isinstance(value, dict):
-            return {key: _decode(inner, item, (*at, key), odd) for key, item in value.items()}
-        if isinstance(value, list):
-            items = [_decode(inner, item, (*at, place), odd) for place, item in enumerate(value)]
-            return tuple(items) if origin is tuple else items
-    except (KeyError, TypeError) as error:
-        where, fix = ".".join(map(str, at)) or "the report", "use a file that plprune wrote"
-        given, allowed = str(value)[:200], ", ".join(hints)
-        raise ExportError(f"cannot read {where}", given=given, allowed=allowed, fix=fix) from error
-    return value
+        return cast("Report", decode(cls, body, (), odd))
 
 
 def ratio(after: float | None, before: float | None) -> float | None:
@@ -208,8 +99,7 @@ def verdict(report: Report) -> list[str]:
     decode = (*(pair for pair in report.speed if pair.phase == "decode"), None)[0]
     smaller = _less(ratio(size.pruned, size.dense))
     worse = _worse(ratio(score.final, score.dense))
-    faster = _faster(ratio(decode.pruned, decode.dense) if decode else None)
-    first = f"Against the dense model: {smaller}; perplexity {worse}; decoding {faster}."
+    first = f"Against the dense model: {smaller}; perplexity {worse}; decoding {_faster(decode)}."
     parts = (_size_sentences, _score_sentences, _speed_sentences, _width_sentences)
     return [first, *(line for part in parts for line in part(report))]
 
@@ -228,11 +118,39 @@ def _worse(share: float | None) -> str:
     return f"got {'worse' if share > 1 else 'better'} by {percent(abs(share - 1))}"
 
 
-def _faster(share: float | None) -> str:
-    if share is None:
+def _faster(pair: SpeedPair | None) -> str:
+    share = None if pair is None else ratio(pair.pruned, pair.dense)
+    if pair is None or share is None:
         return "was not timed on both models"
-    word = "faster" if share >= GAIN else "slower" if share < 2 - GAIN else "not faster"
+    # A gain that some round did not show is within the spread of the measurement.
+    if share >= GAIN:
+        word = "faster" if min(pair.rounds, default=share) > 1 else "not clearly faster"
+    elif share < 2 - GAIN:
+        word = "slower" if max(pair.rounds, default=share) < 1 else "not clearly slower"
+    else:
+        word = "not faster"
     return f"is {word}, {share:.2f} times the dense speed"
+
+
+def promised(report: Report, pair: SpeedPair) -> tuple[float | None, str]:
+    """The speed ratio that the counts let expect, and of what it is a ratio.
+
+    Prefill is arithmetic; a decoded token waits for the weights to come out of memory.
+
+    Args:
+        report: with its sizes.
+        pair: one of its measurements.
+
+    Returns:
+        Ratio (None if not counted) and a name of the quantity.
+    """
+    if pair.phase == "decode":
+        size = report.sizes.get("bytes", SizePair())
+        return ratio(size.dense, size.pruned), "bytes of weights"
+    if pair.flops_ratio is not None:
+        return pair.flops_ratio, f"FLOPs at {pair.prompt:,} tokens" if pair.prompt else "FLOPs"
+    size = report.sizes.get("flops_per_token", SizePair())
+    return ratio(size.dense, size.pruned), f"FLOPs {size.note}".rstrip()
 
 
 def _size_sentences(report: Report) -> Iterator[str]:
@@ -271,14 +189,20 @@ def _score_sentences(report: Report) -> Iterator[str]:
 
 
 def _speed_sentences(report: Report) -> Iterator[str]:
-    flops = report.sizes.get("flops_per_token", SizePair())
-    promise = ratio(flops.dense, flops.pruned)
-    end = "" if promise is None else f"; the FLOPs promise {promise:.2f} times"
     for pair in report.speed:
-        share = ratio(pair.pruned, pair.dense)
         name = {"prefill": "Prefill", "decode": "Decoding"}.get(pair.phase, pair.phase)
-        rates = f" ({number(pair.dense)} to {number(pair.pruned)} tokens/s{end})" if share else ""
-        yield f"{name} at batch {pair.batch} {_faster(share)}{rates}."
+        comma = "" if pair.prompt is None else ","
+        opening = f"{name} at {pair.timed}{comma} {_faster(pair)}"
+        if ratio(pair.pruned, pair.dense) is None:
+            yield f"{opening}."
+            continue
+        facts = [f"{number(pair.dense)} to {number(pair.pruned)} tokens/s"]
+        if pair.rounds:
+            facts.append(f"{len(pair.rounds)} rounds: {pair.spread} times")
+        promise, what = promised(report, pair)
+        if promise is not None:
+            facts.append(f"the {what} promise {promise:.2f} times")
+        yield f"{opening} ({'; '.join(facts)})."
 
 
 def _width_sentences(report: Report) -> Iterator[str]:

@@ -10,154 +10,25 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TypeAlias
 
 from plprune.errors import ExportError
-from plprune.plots import curve_plot, number, percent, score_plot, width_plot
-from plprune.report import KINDS, CutRecord, Report, Sample, SizePair, Value, ratio, verdict
+from plprune.plots import curve_plot, score_plot, width_plot
+from plprune.report import KINDS, Report, verdict
+from plprune.report_parts import Sample
+from plprune.report_tables import Rows, kinds, missing, tables
 
-# Keys every protocol should have; a missing one is shown as "not recorded".
-PROTOCOL = (
-    *("date", "data", "windows", "length", "dtype", "seed", "tokenizer", "device"),
-    *("versions", "plan_hashes", "command", "config"),
-)
-# Known counts in the order of the page; others follow under their own name.
-SIZES = {
-    "params_prunable": "Parameters, prunable weights",
-    "params_blocks": "Parameters, blocks",
-    "params_non_embedding": "Parameters, all but embeddings",
-    "params_model": "Parameters, whole model",
-    "bytes": "Bytes of weights",
-    "flops_per_token": "FLOPs per token",
-    "kv_cache_bytes_per_token": "KV-cache bytes per token",
-}
+CONFIG = "Complete configuration of the run"
 FILES = ("report.html", "report.json", "report.md")  # what `write` makes
-
-
-Rows: TypeAlias = list[tuple[str, ...]]
-
-
-def tables(report: Report) -> dict[str, Rows]:
-    """Collect the tables by title: header, then rows that start with their name; or nothing."""
-    found = {
-        "Size and cost": _sizes(report),
-        "Perplexity": _perplexity(report),
-        "Speed": _speed(report),
-        "Widths": _widths(report),
-        "Cuts": _cuts(report.cuts),
-        "Protocol": _protocol(report.protocol),
-    }
-    return {title: rows if len(rows) > 1 else [] for title, rows in found.items()}
-
-
-def _change(share: float | None) -> tuple[str, str]:
-    if share is None:
-        return "not measured", "not measured"
-    return f"{share:.3f}", ("+" if share > 1 else "") + percent(share - 1)
-
-
-def _sizes(report: Report) -> Rows:
-    rows: Rows = [("Counted from the tensors", "Dense", "Pruned", "Pruned / dense", "Change")]
-    for name in dict.fromkeys((*SIZES, *report.sizes)):
-        if pair := report.sizes.get(name):
-            label = SIZES.get(name, name) + (f" ({pair.note})" if pair.note else "")
-            share = ratio(pair.pruned, pair.dense)
-            rows.append((label, number(pair.dense), number(pair.pruned), *_change(share)))
-    return rows
-
-
-def _perplexity(report: Report) -> Rows:
-    scores = ("Dense", "Dense, same training", "Pruned, no training", "Pruned, trained")
-    changes = ("Change to dense", "Change to dense, same training")
-    rows: Rows = [("Text (lower is better)", *scores, *changes, "Seeds")]
-    for score in report.perplexity:
-        values = (score.dense, score.dense_trained, score.cut, score.recovered)
-        bases = (score.dense, score.dense_trained)
-        seeds = str(score.seeds) + ("" if score.spread is None else f" (± {number(score.spread)})")
-        shares = (_change(ratio(score.final, base))[1] for base in bases)
-        rows.append((score.data, *map(number, values), *shares, seeds))
-    return rows
-
-
-def _speed(report: Report) -> Rows:
-    flops = report.sizes.get("flops_per_token", SizePair())
-    promise = ratio(flops.dense, flops.pruned)
-    header = ("Tokens per second", "Dense", "Pruned", "Measured ratio", "Ratio the FLOPs promise")
-    rows: Rows = [header]
-    for pair in report.speed:
-        values = (pair.dense, pair.pruned, ratio(pair.pruned, pair.dense), promise)
-        rows.append((f"{pair.phase}, batch {pair.batch}", *map(number, values)))
-    return rows
-
-
-def _widths(report: Report) -> Rows:
-    rows: Rows = [("Per layer", "Dense", "Kept", "Layers changed", "Kept in all")]
-    for kind, name in _kinds(report).items():
-        layers = [row for row in report.layers if kind in row.dense]
-        pairs = [(row.dense[kind], row.kept.get(kind, 0)) for row in layers]
-        dense, kept = zip(*pairs, strict=True)
-        changed = f"{sum(a != b for a, b in pairs)} of {len(pairs)}"
-        total = percent(sum(kept) / max(sum(dense), 1))
-        rows.append((name, _span(dense), _span(kept), changed, total))
-    return rows
-
-
-def _kinds(report: Report) -> dict[str, str]:
-    return {kind: KINDS.get(kind, kind) for row in report.layers for kind in row.dense}
-
-
-def _cuts(cuts: Sequence[CutRecord]) -> Rows:
-    kinds = dict.fromkeys(kind for cut in cuts for kind in (*cut.before, *cut.after))
-    names = (KINDS.get(kind, kind) for kind in kinds)
-    rows: Rows = [("Cut", "Step", *names, "Parameters", "Share of time", "Plan")]
-    for place, cut in enumerate(cuts, 1):
-        pairs = ((cut.before.get(kind, ()), cut.after.get(kind, ())) for kind in kinds)
-        widths = (f"{_span(before)} → {_span(after)}" for before, after in pairs)
-        time = "not measured" if cut.time_share is None else percent(cut.time_share)
-        plan = cut.plan_hash or "not recorded"
-        rows.append((str(place), f"{cut.step:,}", *widths, number(cut.params), time, plan))
-    return rows
-
-
-def _span(widths: Sequence[int]) -> str:
-    if not widths:
-        return "not recorded"
-    low, high = min(widths), max(widths)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _protocol(protocol: dict[str, Value]) -> Rows:
-    known: dict[str, Value] = {key: protocol.get(key) for key in PROTOCOL}
-    return [("Setting", "Value"), *(_flat({**known, **protocol}) if protocol else ())]
-
-
-def _flat(value: Value, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(item, f"{name} / {key}" if name else key)
-    elif isinstance(value, list):
-        yield name, ", ".join(map(str, value)) or "none"
-    else:
-        yield name, "not recorded" if value in (None, "", {}) else str(value)
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     facts = {"Base model": report.base_model, "Method": report.method}
     facts |= {"Budget asked": report.asked, "Budget got": report.got}
     return [(name, fact or "not recorded") for name, fact in facts.items()]
-
-
-def _missing(report: Report) -> str:
-    found = {**tables(report), "Scores": report.scores, "Curves": report.curves}
-    absent = [
-        title for title, content in {**found, "Samples": report.samples}.items() if not content
-    ]
-    return f"Not measured: {', '.join(absent)}." if absent else "Every section was measured."
 
 
 def to_markdown(report: Report) -> str:
@@ -175,9 +46,15 @@ def to_markdown(report: Report) -> str:
     for place, sample in enumerate(report.samples, 1):
         lines += ["", f"## Sample {place}"]
         for name, text in _texts(sample):
-            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-            lines += ["", f"{name}:", "", f"{fence}text", text, fence]
-    return "\n".join([*lines, "", _missing(report), ""])
+            lines += ["", f"{name}:", "", *_fenced(text, "text")]
+    if report.config:
+        lines += ["", f"## {CONFIG}", "", *_fenced(report.config.rstrip(), "yaml")]
+    return "\n".join([*lines, "", missing(report), ""])
+
+
+def _fenced(text: str, language: str) -> list[str]:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [fence + language, text, fence]
 
 
 def _plain(text: str) -> str:
@@ -194,7 +71,12 @@ def page(report: Report) -> str:
     size, *quality, widths, cuts, protocol = (_html_table(*pair) for pair in tables(report).items())
     lines = verdict(report)
     parts = [size, *quality, _curves(report), widths, _layers(report), _scores(report), cuts]
-    parts += [_samples(report), protocol, f'<p class="quiet">{escape(_missing(report))}</p>']
+    parts += [
+        _samples(report),
+        protocol,
+        _config(report),
+        f'<p class="quiet">{escape(missing(report))}</p>',
+    ]
     facts = (f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in _facts(report))
     template = Template(files("plprune").joinpath("templates/report.html").read_text("utf-8"))
     return template.substitute(
@@ -236,7 +118,7 @@ def _curves(report: Report) -> str:
 
 def _layers(report: Report) -> str:
     caption = "{}: the gap between the filled part and the outline is what each layer lost."
-    drawn = ((width_plot(report.layers, *pair), pair[1]) for pair in _kinds(report).items())
+    drawn = ((width_plot(report.layers, *pair), pair[1]) for pair in kinds(report).items())
     return "".join(_figure(svg, caption.format(name)) for svg, name in drawn)
 
 
@@ -255,6 +137,12 @@ def _samples(report: Report) -> str:
         cells = [f"<h3>{name}</h3><pre>{escape(text)}</pre>" for name, text in _texts(sample)]
         parts.append(f'<div class="sample"><div>{"</div><div>".join(cells)}</div></div>')
     return f"<section><h2>Greedy samples</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _config(report: Report) -> str:
+    text = f'<pre style="font-family: monospace">{escape(report.config)}</pre>'
+    body = f"<details><summary>{CONFIG}</summary>{text}</details>"
+    return f"<section>{body}</section>" if report.config else ""
 
 
 def write(report: Report, directory: str | Path, overwrite: bool = False) -> Path:

@@ -10,6 +10,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Literal, get_args
 
+from plprune.budget import require_numbers
 from plprune.errors import ConfigError
 
 Unit = Literal["step", "fraction", "epoch"]
@@ -50,6 +51,10 @@ class Phase:
 class Schedule(ABC):
     """When to cut. Subclasses are frozen dataclasses."""
 
+    def __post_init__(self) -> None:
+        """Check that numbers are numbers."""
+        require_numbers(self, "schedule")
+
     @abstractmethod
     def points(self, length: Length) -> tuple[Point, ...]:
         """Cuts of a run.
@@ -71,10 +76,9 @@ class Schedule(ABC):
             Phases that cover the run from step 0.
         """
         starts = sorted({0, *(point.step for point in self.points(length))})
-        ends = [*starts[1:], length.steps]
         return tuple(
             Phase(start=a, steps=b - a, peak=1.0)
-            for a, b in zip(starts, ends, strict=True)
+            for a, b in pairwise([*starts, length.steps])
             if b > a
         )
 
@@ -142,6 +146,7 @@ class Linear(Schedule):
         Raises:
             ConfigError: if there is no cut or the end lies before the begin.
         """
+        super().__post_init__()
         if self.cuts < 1 or self.begin < 0 or self.end < self.begin:
             raise ConfigError(
                 "impossible schedule",
@@ -190,6 +195,7 @@ class Explicit(Schedule):
         Raises:
             ConfigError: if they are empty, of different length, not ascending, or do not end at 1.
         """
+        super().__post_init__()
         way = self.shares()
         rising = all(a < b for a, b in pairwise(way)) and all(a < b for a, b in pairwise(self.at))
         if not self.at or len(way) != len(self.at) or not rising or way[0] <= 0 or way[-1] != 1:
@@ -207,10 +213,9 @@ class Explicit(Schedule):
 
     def points(self, length: Length) -> tuple[Point, ...]:
         """The given cuts."""
-        steps = [at_step(value, self.unit, length) for value in self.at]
         return tuple(
-            Point(step=step, progress=share)
-            for step, share in zip(steps, self.shares(), strict=True)
+            Point(step=at_step(value, self.unit, length), progress=share)
+            for value, share in zip(self.at, self.shares(), strict=True)
         )
 
 
@@ -235,6 +240,7 @@ class TransActRamp(Schedule):
         Raises:
             ConfigError: if a number is not positive.
         """
+        super().__post_init__()
         if self.cuts < 1 or self.tokens <= 0 or self.tokens_per_step < 1:
             raise ConfigError(
                 "impossible TransAct ramp",

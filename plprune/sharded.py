@@ -26,6 +26,13 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
+def part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; all of it if it is not divided."""
+    sharded: Any = tensor
+    local: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
+    return local
+
+
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """Divide a complete tensor as another one is divided; no communication.
 

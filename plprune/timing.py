@@ -64,6 +64,11 @@ class SpeedResult:
     threads: int
     """CPU threads torch computed with."""
 
+    @property
+    def decode_prompt(self) -> int:
+        """Tokens in the cache when the clock of decoding starts."""
+        return min(DECODE_PROMPT, self.prompt_len)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import fitting
@@ -169,3 +171,11 @@ def gap(one: dict[str, Any], other: dict[str, Any]) -> float:
     assert len(one["losses"]) == len(other["losses"])
     scale = max(1.0, max(other["losses"]) / 5)
     return fitting.gap(one["losses"], other["losses"]) / scale
+
+
+def everything(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in the safetensors files below a folder."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {
+        f"{f.parent.relative_to(folder)} {n}": t for f in files for n, t in load_file(f).items()
+    }

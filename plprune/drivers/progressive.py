@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,7 @@ class Progressive:
         """Everything a checkpoint needs, as plain values."""
         return {
             "done": self.done,
+            "base": str(getattr(cast(Any, unwrap(self.model)).config, "_name_or_path", "")),
             "structure": self.structure(),
             "committed": structure_of(self.physical, self.dense),
             "history": self.history,

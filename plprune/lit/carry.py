@@ -68,7 +68,9 @@ class Carried:
             if self.strategy.is_global_zero:
                 require_readable(path)
         if self.strategy.restore_checkpoint_after_setup:
-            self.restore(folders.parts_of(path, KEY))
+            saved = folders.parts_of(path, KEY)
+            self.restore(saved)
+            self.require_claimed(saved)
             self.loaded = True
         return own(path, *args, **kwargs)
 
@@ -76,6 +78,20 @@ class Carried:
         """Hand every part what a checkpoint holds of it."""
         for key, (_, load) in self.parts.items():
             load(saved.get(key))
+
+    def require_claimed(self, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint with adapters that nobody puts on the model.
+
+        Raises:
+            CheckpointError: naming the callback that is missing.
+        """
+        if saved.get("lora", {}).get("injected", False) and "lora" not in self.parts:
+            raise CheckpointError(
+                "the checkpoint has LoRA adapters",
+                given="a run without",
+                fix="use the config of the run with its `lora` key (in a script: the same "
+                "LoRARecovery)",
+            )
 
 
 class CarryIO(_WrappingCheckpointIO):
@@ -183,6 +199,7 @@ def _load_parts(
     carried.loaded = False
     hook = partial(type(module).on_load_checkpoint, module) if own is None else own
     hook(checkpoint)
+    carried.require_claimed(checkpoint.get(KEY, {}))
 
 
 def require_readable(path: Any) -> None:

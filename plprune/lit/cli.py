@@ -11,14 +11,16 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from plprune import dist
 from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
 from plprune.errors import ConfigError, PlpruneError
 from plprune.lit import logs
 from plprune.lit.carry import require_readable
 from plprune.lit.data import LitTokens
-from plprune.lit.messages import is_refused_value, known_keys, ours, readable
+from plprune.lit.messages import is_first_process, is_refused_value, known_keys, ours, readable
 from plprune.lit.model import LitCausalLM
 from plprune.lit.progress import with_progress
+from plprune.lit.run_config import RunConfig
 
 _PARTS: tuple[tuple[str, type], ...] = (
     ("lora", LoRARecovery),
@@ -45,7 +47,8 @@ class PlpruneCLI(LightningCLI):
         Raises:
             PlpruneError: for a configuration that cannot be used, in one message.
         """
-        raising: dict[str, Any] = {"exit_on_error": False}
+        # A prefix of a key is a typing mistake, not another name of it.
+        raising: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         each = {name: dict(raising) for name in self.subcommands()} if run else {}
         # Lightning wants scripts to use sys.argv; our programs and tests pass arguments on purpose.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -53,7 +56,7 @@ class PlpruneCLI(LightningCLI):
             LitCausalLM,
             LitTokens,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True, "config_filename": "plprune_config.yaml"},
+            save_config_callback=RunConfig,
             parser_kwargs={**raising, **each},
             args=list(args) if args is not None else None,
             run=run,
@@ -117,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without the program name; None takes `sys.argv`.
 
     Returns:
-        Exit status: 0, or 2 after an error of the user's, told in one message.
+        Exit status: 0, or 2 after an error of the user's, told in one message by the first of
+        several processes.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     logs.set_up()
@@ -139,7 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = ours(error)
         if found is None:
             raise
-        sys.stderr.write(f"plprune: {found}\n")
+        # All processes read the same configuration: one of them says what is wrong with it. What
+        # goes wrong later may have happened to this one alone.
+        if is_first_process() or dist.world_size() > 1:
+            sys.stderr.write(f"plprune: {found}\n")
         return 2
     return 0
 

@@ -19,13 +19,18 @@ def run(args: Sequence[str]) -> None:
     Args:
         args: command line after `evaluate`.
     """
-    import transformers
-
+    from plprune.load import _local
     from plprune.text import source_kind
 
     given = _parser().parse_args(list(args))
     windows = _windows(given.windows)
-    source_kind(given.text)  # refuses a mistyped path before a model is loaded
+    # All paths first: a mistyped one must not be found after minutes of measuring another model.
+    source_kind(given.text)
+    for path in (given.model, given.dense, given.tokenizer):
+        if path is not None:
+            _local(path, "a model")
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     measured = {}
     if given.dense is not None:

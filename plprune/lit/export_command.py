@@ -12,9 +12,8 @@ from plprune.errors import CheckpointError, ConfigError
 from plprune.lit.carry import KEY, require_readable
 from plprune.lit.messages import Parser
 from plprune.lit.restored import Restored, restore
+from plprune.lit.run_config import PART
 from plprune.load import STRUCTURE_FILE
-
-CONFIG = "plprune_config.yaml"
 
 
 def run(args: Sequence[str]) -> None:
@@ -27,8 +26,8 @@ def run(args: Sequence[str]) -> None:
     out = Path(given.out).expanduser()
     require_writable(out, overwrite=given.overwrite, ours=lambda names: STRUCTURE_FILE in names)
     checkpoint = read_checkpoint(given.ckpt_path)
-    settings = read_settings(given.config, Path(given.ckpt_path))
-    made = restore(checkpoint, _base(given, settings), settings)
+    settings = read_settings(given.config, checkpoint)
+    made = restore(checkpoint, _base(given, settings, checkpoint), settings)
     written = _write(made, out, given, checkpoint, settings)
     sys.stdout.write(f"exported to {written}\n")
 
@@ -73,25 +72,24 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return content
 
 
-def read_settings(configs: Sequence[str] | None, checkpoint: Path) -> dict[str, Any]:
+def read_settings(configs: Sequence[str] | None, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration a checkpoint was trained with.
 
     Args:
-        configs: YAML files, later ones win; None looks for `plprune_config.yaml` beside the run.
-        checkpoint: its file; its folder and two above are searched.
+        configs: YAML files, later ones win; None takes what the checkpoint carries.
+        checkpoint: its content.
 
     Returns:
-        Keys and values; empty if there is no configuration.
+        Keys and values; empty for the checkpoint of a script.
 
     Raises:
         ConfigError: if a file cannot be read.
     """
     import yaml
 
+    carried = (checkpoint.get(KEY) or {}).get(PART) or {}
     if configs is None:
-        folders = list(checkpoint.expanduser().absolute().parents)[:3]
-        found = next((f / CONFIG for f in folders if (f / CONFIG).is_file()), None)
-        configs = [] if found is None else [str(found)]
+        return dict(yaml.safe_load(carried.get("yaml", "{}")))
     merged: dict[str, Any] = {}
     for name in configs:
         try:
@@ -114,12 +112,13 @@ def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _base(given: Any, settings: Mapping[str, Any]) -> str:
-    base = given.base or (settings.get("model") or {}).get("pretrained")
-    if base is None:
+def _base(given: Any, settings: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
+    part = (checkpoint.get(KEY) or {}).get("prune") or {}
+    base = given.base or (settings.get("model") or {}).get("pretrained") or part.get("base")
+    if not base:
         raise ConfigError(
             "the base model is not known",
-            given=f"no --base, and no {CONFIG} beside the checkpoint",
+            given="no --base, and a checkpoint that does not name it",
             fix="give --base DIR, or --config with the configuration of the run",
         )
     return str(base)
@@ -172,8 +171,7 @@ def _parser() -> Parser:
         "--config",
         action="append",
         metavar="FILE",
-        help=f"configuration of the run, several stack; default {CONFIG} in the checkpoint's "
-        "folder or up to two above it",
+        help="configuration of the run, several stack; default that in the checkpoint",
     )
     add("--base", metavar="DIR", help="dense model; default model.pretrained of the configuration")
     add(

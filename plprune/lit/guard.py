@@ -30,7 +30,7 @@ _COPIES = (
 
 
 def refuse_conflicts(trainer: Trainer) -> None:
-    """Refuse callbacks that would break, or silently spoil, a cut.
+    """Refuse callbacks that would break, or silently spoil, a cut, and a second pruner.
 
     Args:
         trainer: with its callbacks.
@@ -48,6 +48,19 @@ def refuse_conflicts(trainer: Trainer) -> None:
                 allowed="callbacks that keep no copies of weights",
                 fix="average or mask in a second fit on the exported model",
             )
+    pruners = [
+        callback
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if hasattr(callback, "progressive") and callback.method is not None
+    ]
+    if len(pruners) > 1:
+        raise ConfigError(
+            "two callbacks prune one run",
+            given=f"{len(pruners)} Prune callbacks with a method",
+            allowed="one: its schedule makes all cuts",
+            fix="give one Prune a schedule with more cuts, or cut again in a second fit on the "
+            "exported model",
+        )
 
 
 def require_last(trainer: Trainer, callback: Callback) -> None:
@@ -162,8 +175,16 @@ def require_close(masked: float, cut: float, dtype: torch.dtype) -> None:
         dtype: of the weights; bfloat16 and float16 round differently in smaller products.
 
     Raises:
-        PlanError: if the two differ by more than rounding.
+        PlanError: if the two differ by more than rounding, or the loss was not finite before.
     """
+    if not math.isfinite(masked):
+        raise PlanError(
+            "the loss was not finite already before the cut",
+            given=f"loss {masked:g} on a calibration row before, {cut:g} after",
+            allowed="weights that give a finite loss",
+            fix="check the weights of the model for NaN; if they came in training, go back to an "
+            "earlier checkpoint with a lower learning rate, or use bf16 instead of fp16",
+        )
     tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
     if not abs(masked - cut) <= tolerance * max(1.0, abs(masked)):
         raise PlanError(

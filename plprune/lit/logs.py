@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from plprune.dist import rank
+
 
 def set_up() -> None:
     """Send plprune's log lines to stderr as plain text.
@@ -30,7 +32,9 @@ class _Stderr(logging.Handler):
     """Writes to whatever stderr is at the time, as `print` would."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
+        """Write one line; of several processes the first says what all of them know."""
+        if rank() > 0 and record.levelno < logging.WARNING:
+            return
         sys.stderr.write(self.format(record) + "\n")
         sys.stderr.flush()
 

@@ -2,79 +2,19 @@
 
 from __future__ import annotations
 
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-from plprune.count import Tally
+from plprune.count import Tally, count_flops, count_params
 from plprune.drivers.progressive import Progressive
+from plprune.lit.protocol import run_seed
 from plprune.plots import Curve, LayerWidths, ScoreSummary
-from plprune.report import CutRecord, SizePair, SpeedPair
+from plprune.report_parts import CutRecord, SizePair, SpeedPair
+from plprune.spec import Spec
 from plprune.timing import SpeedResult
-
-LIBRARIES = ("plprune", "torch", "transformers", "lightning", "peft")
-"""Packages whose versions a protocol names."""
-
-
-def versions() -> str:
-    """Versions of the libraries that matter, in one line."""
-    return ", ".join(
-        [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in LIBRARIES)]
-    )
-
-
-def protocol(
-    trainer: Trainer, progressive: Progressive | None, result: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """How a run was measured, as plain values.
-
-    Args:
-        trainer: with its data module.
-        progressive: pruning state, or None for a dense run.
-        result: `to_dict` of the last perplexity, or None if none was measured.
-
-    Returns:
-        Keys of `report_html.PROTOCOL` and, if the data module can describe itself, what it says.
-    """
-    data: Any = getattr(trainer, "datamodule", None)
-    described = data.describe() if hasattr(data, "describe") else {}
-    measured = (result or {}).get("protocol", {})
-    values: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "data": _text(measured.get("source")) + _hash(measured.get("text_sha256")),
-        "windows": measured.get("windows"),
-        "length": measured.get("seq_len"),
-        "dtype": measured.get("dtype"),
-        "seed": described.get("seed"),
-        "tokenizer": described.get("tokenizer"),
-        "device": str(trainer.strategy.root_device),
-        "precision": str(trainer.precision),
-        "optimizer_steps": trainer.global_step,
-        "versions": versions(),
-        "plan_hashes": ", ".join(entry["plan"] for entry in progressive.history)
-        if progressive
-        else "none",
-        "command": " ".join(["plprune", *sys.argv[1:]]) if len(sys.argv) > 1 else "a Python script",
-    }
-    for key, value in described.items():
-        values.setdefault(
-            f"data.{key}",
-            value if isinstance(value, (str, int, float)) or value is None else str(value),
-        )
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _text(value: object) -> str:
-    return "not recorded" if value is None else str(value)
-
-
-def _hash(value: object) -> str:
-    return "" if value is None else f" (sha256 {str(value)[:16]})"
 
 
 def sizes(dense: Tally, now: Tally) -> dict[str, SizePair]:
@@ -156,24 +96,54 @@ def cut_records(progressive: Progressive, seconds: float | None) -> tuple[CutRec
     )
 
 
-def speed_pairs(result: SpeedResult) -> tuple[SpeedPair, ...]:
-    """Medians of a side-by-side measurement; the second model by the median ratio of rounds."""
+def speed_pairs(result: SpeedResult, dense: Spec, now: Spec) -> tuple[SpeedPair, ...]:
+    """Medians of a side-by-side measurement; the second model by the median ratio of rounds.
+
+    Args:
+        result: the measurement.
+        dense: spec of the first model.
+        now: spec of the second.
+
+    Returns:
+        Prefill by batch size, then decoding.
+    """
+    length = result.prompt_len
+    flops = _prefill_flops(dense, length) / _prefill_flops(now, length)
     pairs = []
-    for batch, dense in result.prefill_a.items():
-        base = _median(dense)
+    for batch, rates in result.prefill_a.items():
+        base = statistics.median(rates)
         pairs.append(
             SpeedPair(
-                phase="prefill", batch=batch, dense=base, pruned=base * result.prefill_ratio[batch]
+                phase="prefill",
+                batch=batch,
+                dense=base,
+                pruned=base * result.prefill_ratio[batch],
+                rounds=_ratios(result.prefill_b[batch], rates),
+                prompt=length,
+                flops_ratio=flops,
             )
         )
-    base = _median(result.decode_a)
-    pairs.append(SpeedPair(phase="decode", batch=1, dense=base, pruned=base * result.decode_ratio))
-    return tuple(pairs)
+    base = statistics.median(result.decode_a)
+    decode = SpeedPair(
+        phase="decode",
+        batch=1,
+        dense=base,
+        pruned=base * result.decode_ratio,
+        rounds=_ratios(result.decode_b, result.decode_a),
+        prompt=result.decode_prompt,
+        decoded=result.decode_tokens,
+    )
+    return (*pairs, decode)
 
 
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
+def _prefill_flops(spec: Spec, length: int) -> float:
+    """FLOPs of a prompt of some length; the output head works on its last token only."""
+    token = count_flops(spec, context=length)
+    return length * token.blocks + (token.model - token.blocks)
+
+
+def _ratios(after: Sequence[float], before: Sequence[float]) -> tuple[float, ...]:
+    return tuple(b / a for a, b in zip(before, after, strict=True))
 
 
 def curves(loss: Sequence[Sequence[float]], val: Sequence[Sequence[float]]) -> tuple[Curve, ...]:
@@ -203,8 +173,6 @@ def asked_and_got(pruner: Any) -> tuple[str, str]:
     Args:
         pruner: the `Prune` callback.
     """
-    from plprune.count import count_params
-
     budget, progressive = pruner.budget, pruner.progressive
     if budget is None or progressive is None:
         return "nothing", "the dense model"
@@ -234,6 +202,7 @@ def card(trainer: Trainer, base_model: str, pruner: Any, report: Any) -> dict[st
     values: dict[str, Any] = {
         "base_model": base_model,
         "training": f"{trainer.global_step} optimizer steps",
+        "seed": run_seed(),
     }
     if pruner is not None and pruner.progressive is not None:
         _, got = asked_and_got(pruner)
@@ -247,10 +216,10 @@ def card(trainer: Trainer, base_model: str, pruner: Any, report: Any) -> dict[st
         }
     if report is not None:
         values["protocol"] = ", ".join(
-            f"{key}: {value}" for key, value in report.protocol.items() if "." not in key
+            f"{key}: {value}"
+            for key, value in report.protocol.items()
+            if "." not in key and key != "config" and not isinstance(value, dict)
         )
-        seed = report.protocol.get("seed")
-        values["seed"] = seed if isinstance(seed, int) else None
         if report.perplexity:
             score = report.perplexity[0]
             values |= {

@@ -16,6 +16,7 @@ from torchmetrics.text import Perplexity
 from plprune.errors import ConfigError
 from plprune.lit.carry import KEY
 from plprune.lit.guard import length_of, progressive_of, require_structure
+from plprune.lit.strategies.fsdp2 import shard
 from plprune.load import load_hf
 from plprune.schedule import Phase, learning_rate
 
@@ -108,9 +109,14 @@ class LitCausalLM(LightningModule):
         self.configure_model()
 
     def configure_model(self) -> None:
-        """Load the base model once, on the CPU, in the configured dtype."""
-        if self.model is not None:
-            return
+        """Load the base model once, on the CPU, in the configured dtype; divide it for FSDP2."""
+        if self.model is None:
+            self.model = self._load()
+        mesh = self.device_mesh
+        if mesh is not None:
+            shard(self.model.to(self.trainer.strategy.root_device), mesh["data_parallel"])
+
+    def _load(self) -> nn.Module:
         dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         model: Any = load_hf(
             self.pretrained,
@@ -125,7 +131,7 @@ class LitCausalLM(LightningModule):
             (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.compiled:
             model.compile()
-        self.model = model.train()
+        return cast(nn.Module, model.train())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another structure before torch lists every size that differs.

@@ -31,7 +31,9 @@ def require_cuttable(trainer: Trainer, *, reset: bool) -> None:
     Raises:
         PlanError: naming the optimizer.
     """
-    for optimizer in adapter_for(trainer.strategy).optimizers(trainer):
+    adapter = adapter_for(trainer.strategy)
+    adapter.verify(trainer)
+    for optimizer in adapter.optimizers(trainer):
         check_kind(optimizer, reset=reset)
 
 

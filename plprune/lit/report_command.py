@@ -39,9 +39,26 @@ def run(args: Sequence[str]) -> None:
         raise ExportError(
             "not a report", given=f"{source} with a {type(data).__name__}", allowed="a JSON object"
         )
+    report = Report.from_json(data)
     target = source.parent if given.out is None else Path(given.out).expanduser()
-    written = write(Report.from_json(data), target, overwrite=given.overwrite)
+    # The pages beside a report.json were made from it; nothing is lost.
+    own = source.name == "report.json" and target.resolve() == source.parent.resolve()
+    if not own and not given.overwrite:
+        _require_empty(target)
+    written = write(report, target, overwrite=own or given.overwrite)
     sys.stdout.write(f"report: {written / 'report.html'}\n")
+
+
+def _require_empty(target: Path) -> None:
+    """The check of `write`, in the words of the command line."""
+    found = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
+    if found:
+        raise ExportError(
+            "cannot write the report",
+            given=f"{target} with {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}",
+            allowed="the report's own folder, a new or empty one, or any with --overwrite",
+            fix="add --overwrite (files other than the report's stay), or choose another --out",
+        )
 
 
 def _parser() -> Parser:
@@ -54,6 +71,6 @@ def _parser() -> Parser:
         "--out", metavar="DIR", help="where to write; default the folder of the report"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the report that is there already"
+        "--overwrite", action="store_true", help="replace the report in another folder"
     )
     return parser

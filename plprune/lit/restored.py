@@ -13,7 +13,7 @@ from plprune.drivers.progressive import Progressive
 from plprune.errors import CheckpointError, ConfigError
 from plprune.lit.carry import KEY
 from plprune.load import load_hf
-from plprune.lora import inject, merge
+from plprune.lora import inject, merge, require_same_adapters
 from plprune.skeleton import config_of, skeleton
 from plprune.spec import Spec
 from plprune.surgery.apply import commit
@@ -58,8 +58,9 @@ def restore(
     remote = bool((settings.get("model") or {}).get("trust_remote_code", False))
     empty = skeleton(config_of(base, trust_remote_code=remote), trust_remote_code=remote)
     tensors = language_model(checkpoint["state_dict"], empty)
-    lora = _lora(tensors, settings)
-    state = (checkpoint.get(KEY) or {}).get("prune") or {}
+    parts = checkpoint.get(KEY) or {}
+    lora = _lora(tensors, settings, (parts.get("lora") or {}).get("config"))
+    state = parts.get("prune") or {}
     _cut_and_adapt(empty, state, lora)
     _require_fit(empty, tensors, pruned="committed" in state)
     embedding = next(iter(tensors.values()))
@@ -114,11 +115,18 @@ def _cut_and_adapt(
     return progressive, None if lora is None else inject(model, lora)
 
 
-def _lora(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def _lora(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], saved: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
     """Configuration of the adapters in a checkpoint; None without adapters."""
     if not any(is_adapter_parameter(name) for name in tensors):
         return None
     given = settings.get("lora")
+    if saved is not None:
+        if isinstance(given, dict):
+            asked = given.get("init_args", given).get("config") or {}
+            require_same_adapters({k: v for k, v in asked.items() if k in saved}, saved)
+        return dict(saved)
     if not isinstance(given, dict):
         raise ConfigError(
             "the checkpoint holds LoRA adapters whose scale is not known",

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from plprune.allocate import fixed_widths, sizes_of, uniform
-from plprune.budget import Budget
-from plprune.errors import ConfigError
+from plprune.budget import Budget, require_numbers
+from plprune.errors import BudgetError, ConfigError
 from plprune.methods.base import Method, View
 from plprune.plan import Keep, Plan
 from plprune.select import top_units
@@ -88,6 +88,7 @@ class TransAct(Method):
         Raises:
             ConfigError: for an unknown choice, a negative number, or nothing to cut.
         """
+        require_numbers(self, "method")
         for name, choices in (
             ("attention", get_args(Attention)),
             ("head_score", get_args(HeadScore)),
@@ -120,14 +121,36 @@ class TransAct(Method):
         return tuple(Tap(module=name, stat=Energy) for name in spec.linears if name in ends)
 
     def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]]:
-        """Equal widths in every block, or those the budget states."""
-        kinds = (
-            *(() if self.attention == "none" else (self.attention,)),
-            *(("mlp",) if self.mlp else ()),
-        )
+        """Equal widths in every block, or those the budget states.
+
+        Args:
+            spec: the model.
+            budget: how much to keep.
+
+        Returns:
+            Units per block by axis kind.
+
+        Raises:
+            BudgetError: if no widths meet the budget, or it states widths of what is not cut.
+        """
+        kinds: tuple[str, ...] = () if self.attention == "none" else (self.attention,)
+        kinds = (*kinds, "mlp") if self.mlp else kinds
+        for kind in budget.widths:
+            # Kinds the model does not have are refused below, with those it has.
+            if kind in spec.kinds() and kind not in kinds:
+                raise self._not_cut(kind, kinds)
         if budget.keep is None:
             return fixed_widths(spec, budget)
         return uniform(spec, budget, kinds)
+
+    def _not_cut(self, kind: str, kinds: tuple[str, ...]) -> BudgetError:
+        allow = "mlp: true" if kind == "mlp" else f"attention: {kind}"
+        return BudgetError(
+            f"budget.widths.{kind} is given, but the method does not cut {kind}",
+            given=f"attention: {self.attention}, mlp: {str(self.mlp).lower()}",
+            allowed=f"widths of {' and '.join(kinds)}",
+            fix=f"remove budget.widths.{kind}, or set {allow} in the method",
+        )
 
     def plan(self, view: View, budget: Budget) -> Plan:
         """Score every axis inside its block and keep its best units."""

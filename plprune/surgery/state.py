@@ -133,7 +133,7 @@ def check_kind(optimizer: torch.optim.Optimizer, *, reset: bool) -> None:
     parameter = nn.Parameter(torch.zeros(4, 6))
     parameter.grad = torch.ones(4, 6)
     try:
-        twin = type(optimizer)([parameter], **optimizer.defaults)  # type: ignore[arg-type]
+        twin = type(optimizer)([parameter], **optimizer.defaults)
         twin.step()
     except Exception:  # it has arguments of its own: `check_sliceable` sees it at the first cut
         return

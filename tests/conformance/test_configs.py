@@ -24,7 +24,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.yaml"
 MODELS = [name for name in FILES if name.startswith("models/")]
 METHODS = [name for name in FILES if name.startswith("methods/")]
 DATA = [name for name in FILES if name.startswith("data/")]
-ALONE = [name for name in FILES if name not in (*MODELS, *METHODS, *DATA)]
+STRATEGIES = [name for name in FILES if name.startswith("strategies/")]
+ALONE = [name for name in FILES if name not in (*MODELS, *METHODS, *DATA, *STRATEGIES)]
 # Examples to run say why a value is what it is; the others are also the place to look settings up.
 EXAMPLES = ("quickstart.yaml", "recipes/transact_smollm2.yaml")
 COMMENTED = [name for name in FILES if name not in EXAMPLES]
@@ -40,6 +41,8 @@ def stacked(*names: str) -> list[str]:
 def cases() -> Iterator[Any]:
     for name in ALONE:
         yield pytest.param(stacked(name), id=name)
+    for name in STRATEGIES:
+        yield pytest.param(stacked("quickstart.yaml", name), id=f"quickstart+{name}")
     for model in MODELS:
         for data in DATA:
             yield pytest.param([*stacked(model, data), *LONG], id=f"{model}+{data}")

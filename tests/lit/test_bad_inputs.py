@@ -264,8 +264,59 @@ CASES = {
         more=("--ckpt_path", "BASE/bad.ckpt"),
     ),
     "typo in a key": Case(message="budgte", keys={"prune.budgte": {"keep": 0.5}}),
+    "typo above a key": Case(
+        message="given prune.bugdet.keep; fix: did you mean prune.budget.keep? ",
+        more=("--prune.bugdet.keep", "0.5"),
+    ),
+    "typo in a key of a dataclass": Case(
+        message="'keeep' is not accepted; fix: did you mean prune.budget.keep? ",
+        more=("--prune.budget.keeep", "0.5"),
+    ),
+    "typo in a key of a class": Case(
+        message="fix: did you mean prune.method.init_args.attention? ",
+        keys={"prune.method.init_args": {"atention": "none"}},
+    ),
+    "typo above a key of a dict": Case(
+        message="fix: did you mean lora.config.r? ", more=("--lora.confg.r", "3")
+    ),
+    "prefix of a key": Case(
+        message="unknown key: given trainer.max_step; fix: did you mean trainer.max_steps? ",
+        more=("--trainer.max_step", "3"),
+    ),
+    "short class that does not exist": Case(
+        message="TransAkt; fix: did you mean plprune.methods.transact.TransAct? ",
+        keys={"prune.method.class_path": "TransAkt"},
+    ),
+    "class of another module": Case(
+        message="fix: did you mean plprune.schedule.Linear? ",
+        keys={"prune.schedule": {"class_path": "plprune.schedules.Linear"}},
+    ),
+    "callback that does not exist": Case(
+        message="did you mean lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint? ",
+        keys={"trainer.callbacks": [{"class_path": "ModelChekpoint"}]},
+    ),
+    "typo in a callback": Case(
+        message="fix: did you mean init_args.context? ",
+        keys={
+            "trainer.callbacks": [
+                {"class_path": "plprune.callbacks.SizeMonitor", "init_args": {"contxt": 3}}
+            ]
+        },
+    ),
+    "typo in a section": Case(
+        message="unknown key: given trainer.max_stepz; fix: did you mean trainer.max_steps? ",
+        keys={"trainer.max_stepz": 3},
+    ),
+    "widths of what is not cut": Case(
+        message="budget.widths.kv_group is given, but the method does not cut kv_group",
+        keys={
+            "prune.method.init_args": {"attention": "none"},
+            "prune.budget.widths": {"kv_group": 2},
+        },
+    ),
     "class that does not exist": Case(
-        message="TransAkt", keys={"prune.method.class_path": "plprune.methods.transact.TransAkt"}
+        message="fix: did you mean plprune.methods.transact.TransAct? ",
+        keys={"prune.method.class_path": "plprune.methods.transact.TransAkt"},
     ),
 }
 
@@ -306,6 +357,18 @@ def test_refused(dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     base = tmp_path / "base"
     after = {str(p.relative_to(base)): p.read_bytes() for p in base.rglob("*") if p.is_file()}
     assert after == before, "something was written or changed"
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_of_several_processes_the_first_speaks(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+):
+    for number, said in (("0", "plprune: unknown command: given fitt"), ("1", "")):
+        monkeypatch.setenv(name, number)
+        assert main(["fitt"]) == 2
+        found = capfd.readouterr().err
+        assert found.startswith(said)
+        assert bool(found) == bool(said)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -206,6 +206,10 @@ def test_plan_as_text(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"prune__budget__widths": {"kv_group": 9}}, "kv_group width 9 requested for block 0"),
         ({"prune__budget__widths": {"head": 1}}, "unknown axis kind budget.widths.head"),
         ({"prune__budget": None}, "a pruning method without a budget"),
+        (
+            {"prune__method__init_args": {"attention": "none"}},
+            "budget.widths.kv_group is given, but the method does not cut kv_group",
+        ),
         ({"trainer__max_steps": 3}, "a cut at step 4.0 lies outside the run"),
         ({"prune__schedule__init_args": {"cuts": 9}}, "two cuts fall on one optimizer step"),
     ],
@@ -387,6 +391,20 @@ def test_evaluate_refuses(
     assert text in refused(capsys, "evaluate", *(arg.format(base=base) for arg in args))
 
 
+def test_evaluate_does_not_ask_the_hub_for_a_misspelled_folder(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.chdir(base.parent)
+    text = refused(capsys, "evaluate", f"{base.name}/nomodel", "--text", str(base / "text.txt"))
+    assert f"no such model folder: given {base.name}/nomodel; allowed an existing folder" in text
+    text = refused(capsys, "evaluate", str(base), "--text", "x", "--wind", "3")
+    assert "unrecognized arguments: --wind 3" in text
+
+
 # -- export --------------------------------------------------------------------------------------
 
 
@@ -457,12 +475,39 @@ def test_export_finds_or_takes_the_base(
     lonely.mkdir(parents=True)
     file = shutil.copy(out / "ckpt" / "step=6.ckpt", lonely)
     args = ["export", "--ckpt_path", str(file), "--out", str(tmp_path / "model")]
-    assert "the base model is not known" in refused(capsys, *args)
-    with_base = [*args, "--base", str(base)]
-    assert "LoRA adapters whose scale is not known" in refused(capsys, *with_base)
-    assert main([*args, "--config", str(out / "run.yaml")]) == 0
+    assert main(args) == 0, "the checkpoint knows its base, its adapters and its configuration"
     assert "the target directory exists" in refused(capsys, *args, "--config", "x.yaml")
     assert main([*args, "--config", str(out / "run.yaml"), "--overwrite"]) == 0
+    # A script has no configuration; the rest is there all the same.
+    content = torch.load(file, weights_only=True)
+    del content["plprune"]["config"]
+    torch.save(content, file)
+    assert main([*args, "--overwrite"]) == 0
+    content["plprune"]["prune"]["base"] = ""
+    torch.save(content, file)
+    assert "the base model is not known" in refused(capsys, *args, "--overwrite")
+    with_base = [*args, "--base", str(base), "--overwrite"]
+    assert main(with_base) == 0
+    # As by versions that did not say how the adapters are scaled.
+    del content["plprune"]["lora"]["config"]
+    torch.save(content, file)
+    assert "LoRA adapters whose scale is not known" in refused(capsys, *with_base)
+
+
+def test_export_refuses_another_scale(
+    fitted: tuple[PlpruneCLI, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = fitted
+    values = yaml.safe_load((out / "run.yaml").read_text("utf-8"))
+    values["lora"]["config"]["lora_alpha"] = 400
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(values))
+    args = ["--ckpt_path", str(out / "ckpt" / "step=6.ckpt"), "--out", str(tmp_path / "model")]
+    message = refused(capsys, "export", *args, "--config", str(tmp_path / "other.yaml"))
+    assert message.startswith(
+        "plprune: the adapters in the checkpoint are of another kind: given lora.config.lora_alpha"
+        ": 400; allowed "
+    )
+    assert not (tmp_path / "model").exists()
 
 
 def test_export_refuses(
@@ -492,11 +537,14 @@ def test_export_refuses(
     bare = out / "ckpt" / "bare.ckpt"
     torch.save(content, bare)
     text = said(bare)
+    assert "the base model is not known" in text
+    text = said(bare, "--config", str(out / "run.yaml"))
     assert "the weights do not fit the base model" in text
     assert "no pruning structure in the checkpoint" in text
     content["state_dict"] = {"weight": torch.zeros(1)}
     torch.save(content, bare)
-    assert "need exactly one language model in the checkpoint" in said(bare)
+    text = said(bare, "--config", str(out / "run.yaml"))
+    assert "need exactly one language model in the checkpoint" in text
     torch.save([1], bare)
     assert "the file holds no weights" in said(bare)
     bare.unlink()
@@ -530,8 +578,48 @@ def test_report_writes_the_same_pages(
     assert main(["report", str(source / "report.json"), "--out", str(tmp_path / "again")]) == 0
     for name in ("report.html", "report.md", "report.json"):
         assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes()
-    assert "cannot write the report" in refused(capsys, "report", str(source))
-    assert main(["report", str(source), "--overwrite"]) == 0
+    # In its own folder nothing is lost, so nothing has to be allowed.
+    (source / "report.html").write_text("old")
+    assert main(["report", str(source / "report.json")]) == 0
+    html = (tmp_path / "again" / "report.html").read_bytes()
+    assert (source / "report.html").read_bytes() == html
+    assert main(["report", str(source), "--out", str(source)]) == 0
+
+
+def test_report_keeps_another_report(
+    fitted: tuple[PlpruneCLI, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = fitted
+    other = tmp_path / "other"
+    args = ["report", str(out / "report"), "--out", str(other)]
+    assert main(args) == 0
+    (other / "report.html").write_text("theirs")
+    message = refused(capsys, *args)
+    assert message.startswith(f"plprune: cannot write the report: given {other} with report.html")
+    assert "fix: add --overwrite " in message
+    copy = other / "copy.json"
+    copy.write_bytes((other / "report.json").read_bytes())
+    assert "add --overwrite" in refused(capsys, "report", str(copy)), "not the pages' own json"
+    assert (other / "report.html").read_text() == "theirs"
+    assert main([*args, "--overwrite"]) == 0
+    assert (other / "report.html").read_text() != "theirs"
+
+
+def test_report_holds_the_whole_configuration(fitted: tuple[PlpruneCLI, Path]) -> None:
+    _, out = fitted
+    report = json.loads((out / "report" / "report.json").read_text("utf-8"))
+    values, given = (
+        yaml.safe_load(text) for text in (report["config"], (out / "run.yaml").read_text("utf-8"))
+    )
+    assert values["trainer"]["max_steps"] == given["trainer"]["max_steps"] == 6
+    assert values["model"]["learning_rate"]["warmup"] == 0.1, "a default that nobody wrote"
+    assert report["protocol"]["seed"] == given["seed_everything"] == 1
+    assert report["protocol"]["data.seed"] == 0
+    assert "<details><summary>" in (out / "report" / "report.html").read_text("utf-8")
+    training = report["protocol"]["training"]
+    assert training["learning_rate"]["peak"] == 0.01
+    assert training["optimizer"] == ["AdamW betas (0.9, 0.95), eps 1e-08, weight_decay 0.0"]
+    assert report["protocol"]["lora"] == {"start": "fit", "merged": True, "config": {"r": 2}}
 
 
 def test_report_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -541,3 +629,24 @@ def test_report_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "not a report: given" in refused(capsys, "report", str(file))
     file.write_text("{}", encoding="utf-8")
     assert "not a report of this version" in refused(capsys, "report", str(file))
+
+
+# -- paths ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["model", "--dense", "--tokenizer"])
+def test_evaluate_checks_every_path_before_it_measures(
+    option: str,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def slow(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured something first")
+
+    monkeypatch.setattr("plprune.lit.evaluate_command._measure", slow)
+    none = str(base / "none")
+    more = ["--dense", str(base)] if option == "model" else [option, none]
+    model = none if option == "model" else str(base)
+    found = refused(capsys, "evaluate", model, "--text", str(base / "text.txt"), *more)
+    assert "no such model folder" in found

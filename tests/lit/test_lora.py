@@ -15,7 +15,8 @@ from plprune.callbacks import ExportHF, LoRARecovery
 from plprune.describe import describe
 from plprune.errors import ConfigError
 from plprune.lit import guard
-from plprune.lora import any_adapter, load_adapter
+from plprune.lora import any_adapter
+from plprune.lora_files import load_adapter
 from plprune.surgery import apply
 from tiny_tokenizer import tiny_tokenizer
 

@@ -2,25 +2,37 @@
 
 import csv
 import gc
+import importlib.machinery
 import json
 import signal
+import sys
+import types
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import fitting
+import tiny
 from fitting import User, Validated, fit, hashes, linear, prune, weights
 from plprune.budget import Budget
-from plprune.callbacks import ExportHF, LoRARecovery, PruneReport, SizeMonitor
+from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
+from plprune.describe import describe
 from plprune.errors import ExportError
+from plprune.lit import measured
 from plprune.lit.data import LitTokens
+from plprune.lit.protocol import command_line, run_seed
+from plprune.methods.transact import TransAct
+from plprune.report import Report
+from plprune.report_tables import tables
 from plprune.schedule import OneShot
+from plprune.spec import Spec
+from plprune.timing import SpeedResult
 from tiny_tokenizer import tiny_tokenizer
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -155,6 +167,132 @@ def test_report_numbers_are_those_of_the_tensors(text: Path, tmp_path: Path) -> 
     kept = report["layers"][1]["kept"]
     assert kept["mlp"] == module.net.model.layers[1].mlp.up_proj.out_features
     assert report["samples"][0]["prompt"] == "the cat"
+
+
+def test_protocol_is_enough_to_repeat_the_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning.pytorch import seed_everything
+
+    monkeypatch.setenv("PL_GLOBAL_SEED", "none")  # comes back whatever the run sets
+    seed_everything(7)
+    pruner = Prune(TransAct(), fitting.BUDGET, linear(), commit=2, optimizer_state="reset")
+    lora = LoRARecovery({"r": 2, "target_modules": {"q_proj", "up_proj"}})
+    given = Note("seed_everything: 7\n")
+    settings = {"max_steps": 9, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    fit(Named(), [pruner, lora, *parts(tmp_path), given], data=tokens(text), **settings)
+    report = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
+    found = report["protocol"]
+    assert (found["seed"], found["data.seed"]) == (7, 0)
+    assert (found["evaluation_dtype"], found["training_precision"]) == ("float32", "32-true")
+    assert found["training"] == {
+        "optimizer": ["AdamW betas (0.9, 0.999), eps 1e-08, weight_decay 0.05"],
+        "learning_rate": [0.003],
+        "scheduler": ["CosineAnnealingLR"],
+        "batch_size": 2,
+        "processes": 1,
+        "accumulate_grad_batches": 2,
+        "max_steps": 9,
+        "max_epochs": -1,
+        "gradient_clipping": "0.5 by norm",
+    }
+    pruning = found["pruning"]
+    assert pruning["schedule"] == "Linear(cuts=3, begin=2, end=8, unit='step')"
+    assert (pruning["commit"], pruning["optimizer_state"]) == (2, "reset")
+    assert pruning["budget"] == fitting.BUDGET.to_dict()
+    modules = ["q_proj", "up_proj"]
+    config = {"r": 2, "target_modules": modules}
+    assert found["lora"] == {"start": "fit", "merged": True, "config": config}
+    assert report["config"] == given.config_yaml
+    last = pruner.progressive.history[-1]["calibration"]
+    pool = found["data.calibration"]["token_sha256"]
+    assert found["calibration set of the last cut, sha256"] == last != pool
+    assert found["calibration pool, sha256"] == pool
+    # The card of the export says the same.
+    structure = json.loads((tmp_path / "model" / "plprune_structure.json").read_text("utf-8"))
+    assert (structure["seed"], structure["data_hash"]) == (7, last)
+    card = (tmp_path / "model" / "README.md").read_text("utf-8")
+    assert f"calibration set of the last cut, sha256: {last}" in card
+    assert f"calibration pool, sha256: {pool}" in card
+    assert "- seed: 7" in card
+
+
+class Note(Callback):
+    """Knows the configuration, like the callback of the command line."""
+
+    def __init__(self, config_yaml: str) -> None:
+        self.config_yaml = config_yaml
+
+
+def test_a_run_that_nobody_seeded_has_no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    assert run_seed() is None
+    monkeypatch.setenv("PL_GLOBAL_SEED", "11")
+    assert run_seed() == 11
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "command"),
+    [
+        (["/usr/bin/plprune", "fit", "--data.train=a b"], None, "plprune fit '--data.train=a b'"),
+        (["/x/plprune/quickstart.py"], "plprune.quickstart", "python -m plprune.quickstart"),
+        (["/x/pkg/__main__.py", "-q"], "pkg.__main__", "python -m pkg -q"),
+        (["train.py", "--epochs", "3"], None, "python train.py --epochs 3"),
+        ([""], None, "Python code that is in no file"),
+    ],
+)
+def test_the_command_can_be_typed_again(
+    argv: list[str], module: str | None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = types.ModuleType("__main__")
+    main.__spec__ = None if module is None else importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert command_line(argv) == command
+
+
+@pytest.mark.parametrize(
+    ("attention", "widths", "cell"),
+    [("kv_group", {"kv_group": 2}, None), ("query_in_group", {"query_in_group": 1}, "2 → 1")],
+)
+def test_cuts_show_query_heads_only_if_they_were_cut_and_per_group(
+    attention: Any, widths: dict[str, int], cell: str | None
+) -> None:
+    budget = Budget(keep=0.7, widths=widths, multiple_of={"mlp": 4})
+    pruner = prune(OneShot(), method=TransAct(attention=attention), budget=budget)
+    fit(User(), [pruner], max_steps=1)
+    records = measured.cut_records(pruner.progressive, None)
+    header, row = tables(Report(title="t", cuts=records))["Cuts"]
+    found = dict(zip(header, row, strict=True))
+    assert found.get("query heads per KV group") == cell
+
+
+def test_speed_pairs_state_rounds_lengths_and_promise() -> None:
+    dense, now = (describe(tiny.model(intermediate_size=size)) for size in (64, 32))
+    result = SpeedResult(
+        prefill_ratio={8: 1.5},
+        decode_ratio=1.2,
+        prefill_a={8: (10.0, 20.0, 40.0)},
+        prefill_b={8: (15.0, 20.0, 80.0)},
+        decode_a=(10.0, 10.0, 10.0),
+        decode_b=(9.0, 12.0, 13.0),
+        prompt_len=128,
+        decode_tokens=32,
+        dtypes=("float32", "float32"),
+        device="cpu",
+        threads=1,
+    )
+    prefill, decode = measured.speed_pairs(result, dense, now)
+    assert (prefill.dense, prefill.pruned, prefill.rounds) == (20.0, 30.0, (1.5, 1.0, 2.0))
+    assert (prefill.prompt, prefill.decoded) == (128, None)
+
+    def flops(spec: Spec) -> float:
+        inside = sum(2 * linear.rows * linear.cols for linear in spec.linears.values())
+        scores = sum(4 * 128 * block.heads * block.head_dim for block in spec.blocks)
+        return 128 * (inside + scores) + 2 * spec.hidden * spec.head_rows
+
+    assert prefill.flops_ratio == pytest.approx(flops(dense) / flops(now))
+    assert decode.rounds == pytest.approx((0.9, 1.2, 1.3))
+    assert (decode.prompt, decode.decoded, decode.flops_ratio) == (16, 32, None)
 
 
 def _windows(data: LitTokens) -> Any:

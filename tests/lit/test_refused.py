@@ -18,13 +18,27 @@ import fitting
 import tiny
 from fitting import User, fit, hashes, prune
 from plprune.budget import Budget
-from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
-from plprune.errors import BudgetError, ConfigError, DataError, ExportError, ModelError
+from plprune.callbacks import (
+    ExportHF,
+    LoRARecovery,
+    Prune,
+    PruneReport,
+    SizeMonitor,
+    Statistics,
+)
+from plprune.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    ExportError,
+    ModelError,
+    PlanError,
+)
 from plprune.lit import guard
 from plprune.lit.model import LearningRate, LitCausalLM
 from plprune.lit.strategies import adapter_for
 from plprune.methods.transact import TransAct
-from plprune.schedule import Length
+from plprune.schedule import Length, Linear
 
 
 class Mine(StochasticWeightAveraging):
@@ -52,6 +66,101 @@ def test_callbacks_that_keep_copies(make: Any, name: str) -> None:
         "exported model"
     )
     assert module.losses == []
+
+
+def test_two_pruners_are_refused() -> None:
+    module = User()
+    with pytest.raises(ConfigError) as caught:
+        fit(module, [prune(), prune()])
+    assert str(caught.value) == (
+        "two callbacks prune one run: given 2 Prune callbacks with a method; allowed one: its "
+        "schedule makes all cuts; fix: give one Prune a schedule with more cuts, or cut again in "
+        "a second fit on the exported model"
+    )
+    assert module.losses == []
+    fit(module, [Prune(), prune()])  # one without a method does nothing
+
+
+def test_widths_of_what_is_not_cut_are_refused_before_training() -> None:
+    module = User()
+    with pytest.raises(BudgetError, match=r"^budget\.widths\.kv_group is given, but the method"):
+        fit(module, [prune(method=TransAct(attention="none"))])
+    assert module.losses == []
+
+
+IDS = torch.ones(2, 6, dtype=torch.int64)
+VOCABULARY = tiny.model().config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("batch", "problem"),
+    [
+        (IDS, "a Tensor instead of a dict"),
+        ({"ids": IDS}, "no input_ids"),
+        ({"input_ids": IDS.tolist()}, "input_ids of type list"),
+        ({"input_ids": IDS[0]}, "input_ids of shape [6]"),
+        ({"input_ids": IDS[:0]}, "input_ids of shape [0, 6]"),
+        ({"input_ids": IDS.float()}, "input_ids of torch.float32"),
+        (
+            {"input_ids": IDS, "attention_mask": IDS[:1]},
+            "input_ids of shape [2, 6] and attention_mask of [1, 6]",
+        ),
+        (
+            {"input_ids": IDS, "attention_mask": None},
+            "input_ids of shape [2, 6] and attention_mask of NoneType",
+        ),
+        ({"input_ids": -IDS}, "token ids -1..-1"),
+    ],
+)
+def test_calibration_batches_are_checked_before_training(batch: Any, problem: str) -> None:
+    module = User()
+    good = {"input_ids": IDS}
+    with pytest.raises(DataError) as caught:
+        fit(module, [prune_on([good, batch])])
+    assert str(caught.value) == (
+        f"a calibration batch cannot be used: given batch 1 of the callback with {problem}; "
+        "allowed dicts with input_ids [B, T], int64 token ids, and, if there is padding, "
+        "attention_mask [B, T]; fix: use the tokenizer of the model: {'input_ids': "
+        "tokenizer(text, return_tensors='pt').input_ids}"
+    )
+    assert module.losses == []
+
+
+def prune_on(batches: Any) -> Prune:
+    """One cut before the first step."""
+    return Prune(TransAct(), fitting.BUDGET, statistics=Statistics(batches=batches))
+
+
+@pytest.mark.parametrize("wrap", [list, tuple, iter])
+def test_token_ids_of_another_vocabulary(wrap: Any) -> None:
+    module = User()
+    ids = torch.full((1, 4), VOCABULARY)
+    with pytest.raises(
+        DataError,
+        match=f"token ids {VOCABULARY}..{VOCABULARY}; allowed .* token ids below {VOCABULARY},",
+    ):
+        fit(module, [prune_on(wrap([{"input_ids": ids}]))])
+    assert module.losses == []
+    fit(module, [prune_on(wrap([{"input_ids": ids - 1, "note": "x"}]))], max_steps=1)
+
+
+def test_no_batches_are_refused_when_the_run_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "ensure_model", lambda _: pytest.fail("the model was built first"))
+    with pytest.raises(DataError, match="no calibration batches: given 0 batches from the callbac"):
+        fit(User(), [prune_on([])])
+
+
+def test_a_loss_that_was_not_finite_before_the_cut_is_not_blamed_on_it() -> None:
+    with pytest.raises(PlanError) as caught:
+        guard.require_close(float("nan"), float("nan"), torch.float32)
+    assert str(caught.value) == (
+        "the loss was not finite already before the cut: given loss nan on a calibration row "
+        "before, nan after; allowed weights that give a finite loss; fix: check the weights of "
+        "the model for NaN; if they came in training, go back to an earlier checkpoint with a "
+        "lower learning rate, or use bf16 instead of fp16"
+    )
+    with pytest.raises(PlanError, match=r"^the cut model does not compute what"):
+        guard.require_close(1.0, float("nan"), torch.float32)
 
 
 def test_other_callbacks_may_stay() -> None:
@@ -153,6 +262,33 @@ def test_two_models_need_a_name() -> None:
             lambda: Prune(TransAct()),
             ConfigError,
             "a pruning method without a budget: given TransAct; fix: set prune.budget",
+        ),
+        (
+            lambda: Prune("transact", fitting.BUDGET),  # type: ignore[arg-type]
+            ConfigError,
+            "prune.method is not of class Method: given 'transact'; allowed an object of "
+            "plprune.methods.base.Method, or None; fix: check the order of the arguments, and pass "
+            "objects, not names: Prune(TransAct(), Budget(keep=0.8), Linear())",
+        ),
+        (
+            lambda: Prune(TransAct(), Linear()),  # type: ignore[arg-type]
+            ConfigError,
+            "prune.budget is not of class Budget: given Linear(cuts=8, begin=0, end=0.5, "
+            "unit='fraction'); allowed an object of plprune.budget.Budget, or None; fix: check the "
+            "order of the arguments, and pass objects, not names: Prune(TransAct(), "
+            "Budget(keep=0.8), Linear())",
+        ),
+        (
+            lambda: Statistics(window="8"),  # type: ignore[arg-type]
+            ConfigError,
+            "prune.statistics.window is not a whole number: given '8'; allowed a whole number; "
+            "fix: in Python, give a number without quotes",
+        ),
+        (
+            lambda: Statistics(batches=5),  # type: ignore[arg-type]
+            ConfigError,
+            "prune.statistics.batches is not a list of batches: given int; allowed a list or "
+            "another iterable of dicts, or None",
         ),
         (
             lambda: prune(commit="never"),

@@ -234,11 +234,52 @@ def test_choices_say_what_is_cut(method: TransAct, kinds: set[str]):
         ),
         ({"alpha": -1.0}, r"negative method setting: given 0, -1.0; allowed >= 0"),
         ({"skip_first_tokens": -1}, r"negative method setting: given -1, None"),
+        ({"alpha": "3"}, r"^method.alpha is not a number: given '3'; allowed a number or None"),
     ],
 )
 def test_refused(given: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         TransAct(**given)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "message"),
+    [
+        (
+            TransAct(attention="none"),
+            "kv_group",
+            "given attention: none, mlp: true; allowed widths of mlp; fix: remove "
+            "budget.widths.kv_group, or set attention: kv_group in the method",
+        ),
+        (
+            TransAct(mlp=False),
+            "mlp",
+            "given attention: kv_group, mlp: false; allowed widths of kv_group; fix: remove "
+            "budget.widths.mlp, or set mlp: true in the method",
+        ),
+        (
+            TransAct(attention="query_in_group"),
+            "kv_group",
+            "given attention: query_in_group, mlp: true; allowed widths of query_in_group and mlp; "
+            "fix: remove budget.widths.kv_group, or set attention: kv_group in the method",
+        ),
+    ],
+)
+@pytest.mark.parametrize("keep", [None, 0.9])
+def test_widths_of_what_is_not_cut(
+    method: TransAct, kind: str, message: str, keep: float | None
+) -> None:
+    model = tiny.model("llama-gqa")
+    budget = Budget(keep=keep, widths={kind: 2})
+    for refuse in (
+        lambda: method.widths(describe(model), budget),
+        lambda: planned(model, budget, method),
+    ):
+        with pytest.raises(BudgetError) as caught:
+            refuse()
+        assert str(caught.value) == (
+            f"budget.widths.{kind} is given, but the method does not cut {kind}: {message}"
+        )
 
 
 def test_a_budget_the_units_cannot_meet():

@@ -37,6 +37,24 @@ from plprune.errors import BudgetError
             {"keep": 0.5, "multiple_of": {"mlp": 0}},
             r"budget.multiple_of.mlp too small: given 0; allowed 1 or more",
         ),
+        (
+            {"keep": "0.8"},
+            r"^budget.keep is not a number: given '0.8'; allowed a number or None; fix: in Python",
+        ),
+        ({"keep": True}, r"^budget.keep is not a number: given True"),
+        ({"keep": 0.5, "context": 8.5}, r"^budget.context is not a whole number: given 8.5"),
+        (
+            {"widths": {"mlp": 64.5}},
+            r"^budget.widths.mlp is not a whole number: given 64.5; allowed units, e.g. 64, or a "
+            "list with one number for each block$",
+        ),
+        ({"widths": {"mlp": [64, "8"]}}, r"^budget.widths.mlp is not a whole number: given \[64"),
+        ({"widths": {"mlp": (64, 8)}}, r"^budget.widths.mlp is not a whole number: given \(64"),
+        ({"widths": [64]}, r"^budget.widths is not a mapping: given \[64\]; allowed axis kinds"),
+        (
+            {"keep": 0.5, "multiple_of": {"mlp": 0.5}},
+            r"^budget.multiple_of.mlp is not a whole number: given 0.5; allowed units, e.g. 64$",
+        ),
     ],
 )
 def test_refused(given: dict, message: str):

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -511,6 +512,19 @@ def test_shards_and_index(tmp_path: Path):
     assert set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in made.model.parameters())
     assert difference(out, made.model) <= TOLERANCE
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_weights_are_as_readable_as_the_umask_says(umask: int, tmp_path: Path, made: Pruned):
+    before = os.umask(umask)
+    try:
+        made.save(tmp_path / "one")
+        made.save(tmp_path / "many", max_shard_bytes=50_000)
+    finally:
+        os.umask(before)
+    files = list(tmp_path.glob("*/*.safetensors"))
+    assert len(files) > 2
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
 
 
 def test_dtype(tmp_path: Path):

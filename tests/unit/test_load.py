@@ -105,6 +105,24 @@ def test_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_hf(tmp_path / "org" / "name")
 
 
+def test_a_misspelled_path_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for load in (load_hf, load_tokenizer):
+        with pytest.raises(ModelError) as caught:
+            load("runs/nomodel")
+        text = str(caught.value)
+        assert text.startswith("no such model folder: given runs/nomodel; allowed an existing ")
+        assert text.endswith(
+            "fix: check the path: runs is a folder here and holds no nomodel; for a model of the "
+            "hub, work in a folder without runs"
+        )
+
+
 def test_file_instead_of_a_folder(dense: Path):
     with pytest.raises(ModelError, match=r"config.json \(a file\)"):
         load_hf(dense / "config.json")

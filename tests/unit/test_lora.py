@@ -16,11 +16,10 @@ from plprune.lora import (
     any_adapter,
     any_dora,
     inject,
-    load_adapter,
     merge,
-    save_adapter,
     target_modules,
 )
+from plprune.lora_files import load_adapter, save_adapter
 from plprune.surgery.apply import apply
 
 

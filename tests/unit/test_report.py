@@ -90,7 +90,9 @@ def make_report(layers=30, cuts=4, steps=200, seed=0):
             "params_non_embedding": SizePair(dense=106203456, pruned=79661376),
             "params_model": SizePair(dense=134515008, pruned=107972928),
             "bytes": SizePair(dense=269030016, pruned=215945856),
-            "flops_per_token": SizePair(dense=339738624, pruned=286654464, note="context 1,024"),
+            "flops_per_token": SizePair(
+                dense=339738624, pruned=286654464, note="at a context of 1,024 tokens"
+            ),
             "kv_cache_bytes_per_token": SizePair(dense=23040, pruned=23040),
         },
         perplexity=(
@@ -236,7 +238,11 @@ def test_verdict_of_the_full_run_is_honest(full):
     assert "perplexity got worse by 11.7 %" in first
     assert "decoding is not faster, 1.02 times" in first
     assert has(full, "The KV cache is not smaller because no KV group was removed", "23,040")
-    assert has(full, "Decoding at batch 1 is not faster", "31.40 to 32.10", "promise 1.19 times")
+    decoding = ("is not faster", "31.40 to 32.10", "the bytes of weights promise 1.25 times")
+    assert has(full, "Decoding at batch 1", *decoding)
+    assert has(
+        full, "Prefill at batch 8", "the FLOPs at a context of 1,024 tokens promise 1.19 times"
+    )
     assert has(full, "Prefill at batch 8 is faster, 1.18 times")
     assert has(full, "same recipe it got worse by 24.7 %")
     assert has(full, "MLP channels: widths not multiples of 64")
@@ -296,6 +302,46 @@ def test_verdict_blames_kv_groups_only_when_they_are_all_there():
 def test_verdict_of_speed(pruned, word):
     pair = SpeedPair(phase="decode", batch=1, dense=10.0, pruned=pruned)
     assert has(Report(title="t", speed=(pair,)), "Decoding at batch 1 " + word)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "word"),
+    [
+        ((1.1, 1.3, 1.4), "is faster, 1.30 times"),
+        ((0.99, 1.3, 1.4), "is not clearly faster, 1.30 times"),
+        ((0.95, 1.0, 1.1), "is not faster, 1.00 times"),
+        ((0.6, 0.8, 1.1), "is not clearly slower, 0.80 times"),
+        ((0.6, 0.8, 0.9), "is slower, 0.80 times"),
+    ],
+)
+def test_a_gain_within_the_spread_of_the_rounds_is_none(rounds, word):
+    pair = SpeedPair(phase="decode", batch=1, dense=10.0, pruned=10.0 * rounds[1], rounds=rounds)
+    report = Report(title="t", speed=(pair,))
+    assert has(report, "Decoding at batch 1 " + word, f"3 rounds: {pair.spread} times")
+    assert f"decoding {word}" in verdict(report)[0]
+
+
+def test_speed_is_compared_with_what_limits_it_at_the_length_that_was_timed():
+    pairs = (
+        SpeedPair(phase="prefill", batch=8, dense=1.0, pruned=1.2, prompt=128, flops_ratio=1.4),
+        SpeedPair(phase="decode", batch=1, dense=1.0, pruned=1.2, prompt=16, decoded=32),
+    )
+    counted = sizes(bytes=(300, 200), flops_per_token=(100, 50))
+    report = Report(title="t", sizes=counted, speed=pairs)
+    prefill, decode = verdict(report)[-2:]
+    assert prefill == (
+        "Prefill at batch 8, prompts of 128 tokens, is faster, 1.20 times the dense speed "
+        "(1.000 to 1.200 tokens/s; the FLOPs at 128 tokens promise 1.40 times)."
+    )
+    assert decode == (
+        "Decoding at batch 1, 32 tokens after 16, is faster, 1.20 times the dense speed "
+        "(1.000 to 1.200 tokens/s; the bytes of weights promise 1.50 times)."
+    )
+    rows = tables(report)["Speed"]
+    assert [(row[0], *row[-2:]) for row in rows[1:]] == [
+        ("prefill, batch 8, prompts of 128 tokens", "not recorded", "1.400 (FLOPs at 128 tokens)"),
+        ("decode, batch 1, 32 tokens after 16", "not recorded", "1.500 (bytes of weights)"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -417,7 +463,11 @@ def test_page_has_every_part(full):
         "cut 4",
     ):
         assert words in html
-    assert "Every section was measured." in html
+    assert (
+        "Not measured: perplexity of the dense model with the same training on c4; perplexity of "
+        "the pruned model without training on c4; some samples." in html
+    )
+    assert "<details>" not in html
     assert "<td>not recorded</td>" in html  # the config is missing from the protocol
 
 
@@ -428,6 +478,44 @@ def test_page_of_a_run_without_measurements():
     assert "svg" not in parser.tags
     missing = "Size and cost, Perplexity, Speed, Widths, Cuts, Protocol, Scores, Curves, Samples"
     assert f"Not measured: {missing}." in html
+
+
+def test_a_report_without_gaps_says_so(full):
+    (score, _), (sample, _) = full.perplexity, full.samples
+    whole = dataclasses.replace(full, perplexity=(score,), samples=(sample,))
+    assert "Everything was measured." in page(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "gap"),
+    [
+        ({"perplexity": (Score(data="w", dense=2.0, dense_trained=2.0, cut=3.0),)}, "after"),
+        ({"speed": (SpeedPair(phase="decode", batch=1, dense=2.0),)}, "speed of decode at batch 1"),
+        ({"cuts": (CutRecord(step=1, params=3),)}, "time of the cuts"),
+        ({"cuts": (CutRecord(step=1, time_share=0.1),)}, "parameters after the cuts"),
+        ({"sizes": {"bytes": SizePair(dense=1)}}, "Bytes of weights"),
+    ],
+)
+def test_every_empty_cell_is_named(full, change, gap):
+    (score, _), (sample, _) = full.perplexity, full.samples
+    whole = {"perplexity": (score,), "samples": (sample,), **change}
+    last = to_markdown(dataclasses.replace(full, **whole)).splitlines()[-1]
+    assert last.startswith("Not measured: ")
+    assert gap in last
+    assert ";" not in last
+
+
+def test_the_configuration_is_whole_and_collapsed(full):
+    config = "model:\n  pretrained: a & <b>\n  note: '```'\n"
+    report = dataclasses.replace(full, config=config)
+    html = page(report)
+    parser = parse(html)
+    assert "details" in parser.tags
+    assert ("open", None) not in parser.attrs
+    assert config in parser.text
+    assert f"\n````yaml\n{config}````\n" in to_markdown(report)
+    assert report.to_json()["config"] == config
+    assert Report.from_json(report.to_json()) == report
 
 
 @pytest.mark.parametrize("layers", [30, 80])
@@ -453,12 +541,13 @@ def test_all_text_is_escaped():
         curves=(Curve(name=HOSTILE, step=(0, 1), value=(1.0, 2.0), quantity=HOSTILE),),
         samples=(Sample(prompt=HOSTILE, dense=HOSTILE, pruned=HOSTILE),),
         notes=(HOSTILE,),
+        config=HOSTILE,
     )
     html = page(report)
     assert "script" not in parse(html).tags
     assert "<script" not in html
     markdown = to_markdown(report)
-    outside = re.sub(r"(?ms)^(`{3,})text$.*?^\1$", "", markdown)
+    outside = re.sub(r"(?ms)^(`{3,})(?:text|yaml)$.*?^\1$", "", markdown)
     assert "alert" in outside
     assert not re.search(r"(?<!\\)[<|`](?!\s|$)", outside.replace("| ", "").replace(" |", ""))
 
@@ -472,6 +561,25 @@ def test_markdown_tables_are_rectangular(full):
             assert not before.startswith("|") or bars == width
             width = bars
     assert "| Parameters, whole model | 134,515,008 | 107,972,928 | 0.803 | -19.7 % |" in lines
+
+
+@pytest.mark.parametrize(
+    ("after", "column"),
+    [
+        ({"kv_group": (2, 1), "query_in_group": (6, 3)}, None),
+        ({"kv_group": (3, 3), "query_in_group": (6, 6)}, "3 → 2"),
+        ({"kv_group": (3, 3), "query_in_group": (9, 3)}, "3 → 1 to 3"),
+        ({"kv_group": (3, 0), "query_in_group": (9, 0)}, "3 → 0 to 3"),
+    ],
+)
+def test_query_heads_have_a_column_only_if_they_were_cut_and_count_per_group(after, column):
+    before = {"kv_group": (3, 3), "query_in_group": (9, 9)}
+    header, row = tables(Report(title="t", cuts=(CutRecord(step=1, before=before, after=after),)))[
+        "Cuts"
+    ]
+    found = dict(zip(header, row, strict=True))
+    assert found.get("query heads per KV group") == column
+    assert "KV groups" in found
 
 
 def test_tables_show_not_measured_in_place():

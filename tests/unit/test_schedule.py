@@ -213,6 +213,31 @@ def test_points(schedule: Schedule, steps: list[int], progress: list[float]) -> 
             "impossible TransAct ramp: given 8 cuts, 0 tokens, 262144 a step; allowed positive "
             "numbers",
         ),
+        (
+            lambda: Linear(cuts="4"),  # type: ignore[arg-type]
+            "schedule.cuts is not a whole number: given '4'; allowed a whole number; fix: in "
+            "Python, give a number without quotes",
+        ),
+        (
+            lambda: Cubic(end=None),  # type: ignore[arg-type]
+            "schedule.end is not a number: given None; allowed a number; fix: in Python, give a "
+            "number without quotes",
+        ),
+        (
+            lambda: OneShot(at="2"),  # type: ignore[arg-type]
+            "schedule.at is not a number: given '2'; allowed a number; fix: in Python, give a "
+            "number without quotes",
+        ),
+        (
+            lambda: Explicit(at=3),  # type: ignore[arg-type]
+            "schedule.at is not a list of numbers: given 3; allowed a list of numbers; fix: in "
+            "Python, give a number without quotes",
+        ),
+        (
+            lambda: TransActRamp(tokens="1e9"),  # type: ignore[arg-type]
+            "schedule.tokens is not a number: given '1e9'; allowed a number; fix: in Python, give "
+            "a number without quotes",
+        ),
     ],
 )
 def test_impossible_schedules(make: Any, message: str) -> None:

@@ -28,6 +28,17 @@ class Adapter(ABC):
         """
         del trainer
 
+    def verify(self, trainer: Trainer) -> None:
+        """Refuse a model that the strategy would not train as its name says.
+
+        Args:
+            trainer: with the model set up.
+
+        Raises:
+            ConfigError: saying what is missing.
+        """
+        del trainer
+
     def optimizers(self, trainer: Trainer) -> list[torch.optim.Optimizer]:
         """The torch optimizers that hold the state.
 
@@ -64,14 +75,21 @@ class Adapter(ABC):
         """
         del trainer
 
-    def refit(self, trainer: Trainer) -> None:
-        """Take over a model that got or lost parameters, or whose parameters were frozen.
-
-        Collective on all ranks. Before the optimizers exist only the wrapper is concerned.
+    def rewrap(self, trainer: Trainer) -> None:
+        """Let the wrapper take over a model that got or lost parameters; collective on all ranks.
 
         Args:
             trainer: set up or running.
         """
+        del trainer
+
+    def refit(self, trainer: Trainer) -> None:
+        """The same, and let the optimizers follow, if they exist already.
+
+        Args:
+            trainer: set up or running.
+        """
+        self.rewrap(trainer)
         if trainer.strategy.optimizers:
             rebuild_optimizers(trainer)
 

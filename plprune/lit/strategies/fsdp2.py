@@ -11,18 +11,20 @@ Leans on private names of torch (`_fsdp_param_groups`, `FSDPParam`); `require` c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from plprune.errors import ConfigError
 from plprune.lit.strategies.base import Adapter, cut_in_place
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied
+from plprune.unwrap import family_of
 
 
 class FSDP2(Adapter):
@@ -43,6 +45,18 @@ class FSDP2(Adapter):
         _require_known_torch()
         mend_saving(strategy)
 
+    def verify(self, trainer: Trainer) -> None:
+        """Refuse a model that nobody sharded: every process would train one of its own."""
+        modules = trainer.lightning_module.modules()
+        if not any(isinstance(module, FSDPModule) for module in modules):
+            raise ConfigError(
+                "nothing of the model is sharded",
+                given=f"{type(trainer.lightning_module).__name__} without fully_shard",
+                allowed="a configure_model that calls fully_shard",
+                fix="fully_shard every block and then the model, with "
+                'mesh=self.device_mesh["data_parallel"]',
+            )
+
     def recut(
         self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool
     ) -> Applied:
@@ -56,11 +70,25 @@ class FSDP2(Adapter):
         """Free what FSDP keeps complete between passes: changes to that would be lost."""
         reshard(trainer.lightning_module)
 
-    def refit(self, trainer: Trainer) -> None:
-        """Shard what is new, forget what is gone; see `Adapter.refit`."""
+    def rewrap(self, trainer: Trainer) -> None:
+        """Shard what is new, forget what is gone; see `Adapter.rewrap`."""
         self.rest(trainer)
         adopt(trainer.lightning_module)
-        super().refit(trainer)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Divide a language model block by block; a second call does nothing.
+
+    Args:
+        model: plain Hugging Face model, its parameters on the device of the mesh.
+        mesh: one-dimensional.
+    """
+    if isinstance(model, FSDPModule):
+        return
+    blocks: Any = model.get_submodule(family_of(model).blocks)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def mend_saving(strategy: ModelParallelStrategy) -> None:
@@ -122,7 +150,7 @@ def adopt(root: nn.Module) -> None:
     for module in list(root.modules()):
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter not in known and module in owner:
-                group = _groups(owner[module])[0]
+                group = _groups(cast(nn.Module, owner[module]))[0]
                 group.fsdp_params.append(_entry(group, parameter.detach(), module, name, parameter))
                 known.add(group.fsdp_params[-1].sharded_param)
     for module in root.modules():
@@ -166,7 +194,7 @@ def _renewed(group: Any, old: Any, present: set[nn.Module]) -> Any:
     # Made for the new shape without data; then it gets the parameter that surgery made.
     shape = torch.empty(current.shape, dtype=current.dtype, device="meta")
     place = old.fsdp_placement
-    entry = FSDPParam(
+    entry: Any = FSDPParam(
         nn.Parameter(shape, requires_grad=current.requires_grad),
         info,
         group.mesh_info,
