@@ -190,3 +190,53 @@ def saved(folder: Path) -> Path:
     ]
     (folder / "text.txt").write_text(" ".join(words * 40), encoding="utf-8")
     return folder
+
+
+def run_values(base: Path, out: Path, *, steps: int, last_cut: int) -> dict[str, Any]:
+    """The keys of a small run of `plprune fit`: cuts after step 2 and a later one.
+
+    Args:
+        base: from `saved`.
+        out: where checkpoints go, one of every step.
+        steps: of training.
+        last_cut: step of the second cut.
+    """
+    saver = {"dirpath": str(out / "ckpt"), "filename": "{step}", "every_n_train_steps": 1}
+    text = str(base / "text.txt")
+    return {
+        "seed_everything": 1,
+        "model": {"pretrained": str(base), "learning_rate": {"peak": 0.01}, "dtype": "float32"},
+        "data": {
+            "train": text,
+            "val": text,
+            "tokenizer": str(base),
+            "seq_len": 16,
+            "batch_size": 2,
+            "val_windows": 4,
+            "calibration_samples": 4,
+            "max_train_tokens": 400,
+        },
+        "prune": {
+            "method": {"class_path": "plprune.methods.transact.TransAct"},
+            "budget": {"keep": 0.7, "widths": {"kv_group": 2}, "multiple_of": {"mlp": 4}},
+            "schedule": {
+                "class_path": "plprune.schedule.Linear",
+                "init_args": {"cuts": 2, "begin": 2, "end": last_cut, "unit": "step"},
+            },
+        },
+        "trainer": {
+            "max_steps": steps,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(out),
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {**saver, "save_top_k": -1},
+                }
+            ],
+        },
+    }

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import fitting
 import tiny
 from plprune.callbacks import Prune
 from plprune.drivers.progressive import Progressive
@@ -17,7 +18,6 @@ from plprune.errors import ConfigError
 from plprune.lit.cli import PlpruneCLI, main
 from plprune.lit.data import LitTokens
 from plprune.lit.messages import readable
-from tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -28,56 +28,13 @@ IDS = torch.arange(3, 20)[None]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model with a tokenizer, and a text."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_tokenizer(folder)
-    tiny.model(dtype=torch.float32, vocab_size=256).save_pretrained(folder)
-    words = [f"{a} {b} {a}{b}" for a in ["the", "cat", "of", "a"] for b in ["sat", "on", "mat"]]
-    (folder / "text.txt").write_text(" ".join(words * 60), encoding="utf-8")
-    return folder
+    return fitting.saved(tmp_path_factory.mktemp("base"))
 
 
 def config(base: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """Six steps, cuts after 2 and 4, a checkpoint of every step; `a__b` changes key a.b."""
-    saver = {"dirpath": str(out / "ckpt"), "filename": "{step}", "every_n_train_steps": 1}
-    text = str(base / "text.txt")
-    values: dict[str, Any] = {
-        "seed_everything": 1,
-        "model": {"pretrained": str(base), "learning_rate": {"peak": 0.01}},
-        "data": {
-            "train": text,
-            "val": text,
-            "tokenizer": str(base),
-            "seq_len": 16,
-            "batch_size": 2,
-            "val_windows": 4,
-            "calibration_samples": 4,
-            "max_train_tokens": 400,
-        },
-        "prune": {
-            "method": {"class_path": "plprune.methods.transact.TransAct"},
-            "budget": {"keep": 0.7, "widths": {"kv_group": 2}, "multiple_of": {"mlp": 4}},
-            "schedule": {
-                "class_path": "plprune.schedule.Linear",
-                "init_args": {"cuts": 2, "begin": 2, "end": 4, "unit": "step"},
-            },
-        },
-        "trainer": {
-            "max_steps": 6,
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "limit_val_batches": 0,
-            "default_root_dir": str(out),
-            "callbacks": [
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {**saver, "save_top_k": -1},
-                }
-            ],
-        },
-    }
+    values = fitting.run_values(base, out, steps=6, last_cut=4)
+    values["trainer"]["limit_val_batches"] = 0
     for key, value in changes.items():
         *path, last = key.split("__")
         place = values

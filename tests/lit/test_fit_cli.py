@@ -28,59 +28,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(base: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """A run of 8 steps with every part switched on; checkpoints of every step."""
-    saver = {
-        "dirpath": str(out / "ckpt"),
-        "filename": "{step}",
-        "every_n_train_steps": 1,
-        "save_top_k": -1,
+    values = fitting.run_values(base, out, steps=8, last_cut=5)
+    values["trainer"] |= {
+        "val_check_interval": 3,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
     }
-    values: dict[str, Any] = {
-        "seed_everything": 1,
-        "model": {"pretrained": str(base), "learning_rate": {"peak": 0.01}, "dtype": "float32"},
-        "data": {
-            "train": str(base / "text.txt"),
-            "val": str(base / "text.txt"),
-            "tokenizer": str(base),
-            "seq_len": 16,
-            "batch_size": 2,
-            "val_windows": 4,
-            "calibration_samples": 4,
-            "max_train_tokens": 400,
-        },
-        "prune": {
-            "method": {"class_path": "plprune.methods.transact.TransAct"},
-            "budget": {"keep": 0.7, "widths": {"kv_group": 2}, "multiple_of": {"mlp": 4}},
-            "schedule": {
-                "class_path": "plprune.schedule.Linear",
-                "init_args": {"cuts": 2, "begin": 2, "end": 5, "unit": "step"},
-            },
-        },
+    report = {"directory": str(out / "report"), "measure_speed": False, "prompts": ["the cat"]}
+    parts = {
         "lora": {"config": {"r": 2, "lora_dropout": 0.1}},
         "monitor": {},
-        "report": {
-            "directory": str(out / "report"),
-            "measure_speed": False,
-            "prompts": ["the cat"],
-        },
+        "report": report,
         "export": {"directory": str(out / "model")},
-        "trainer": {
-            "max_steps": 8,
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "val_check_interval": 3,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            "default_root_dir": str(out),
-            "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
-            ],
-        },
-        **changes,
     }
-    return values
+    return {**values, **parts, **changes}
 
 
 def command(path: Path, name: str, values: dict[str, Any], *more: str) -> list[str]:
