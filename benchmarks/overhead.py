@@ -10,15 +10,13 @@ usage: python benchmarks/overhead.py [--model DIR] [--rounds 9] [--batch 4] [--s
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from torch import Tensor
 
@@ -36,12 +34,7 @@ KINDS = ("plain", "off", "on")
 
 def main() -> int:
     """Measure, print, judge."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel"
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -80,7 +73,7 @@ def main() -> int:
         "a cut in training steps": cut,
     }  # fmt: skip
     for name, value in results.items():
-        sys.stdout.write(f"{name}: {json.dumps(value)}\n")
+        common.say(f"{name}: {json.dumps(value)}")
     return 0 if on <= 1.05 and off <= 1 + max(noise, 0.01) and cut <= 10 else 1
 
 

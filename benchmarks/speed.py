@@ -10,13 +10,11 @@ usage: python benchmarks/speed.py [--model DIR] [--prompt-len 512] [--rounds 7] 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
 from plprune.budget import Budget
@@ -34,12 +32,7 @@ CLAIM = 0.85
 
 def main() -> int:
     """Measure, print, judge."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel"
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -72,7 +65,7 @@ def main() -> int:
         "share of the promise by batch": shares,
     }
     for name, value in lines.items():
-        sys.stdout.write(f"{name}: {json.dumps(value)}\n")
+        common.say(f"{name}: {json.dumps(value)}")
     return 0 if min(shares.values()) >= CLAIM else 1
 
 

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
+
 from plprune.demo import smollm2
 from plprune.files import write_json
 from plprune.lit import logs
@@ -37,12 +39,7 @@ TOKENS = 200_000
 
 def main() -> int:
     """Run, print, judge."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", type=Path, help="folder; default SmolLM2-135M-Instruct from its wheel"
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "wikitext2")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -52,7 +49,7 @@ def main() -> int:
     logs.set_up()
     model = options.model or smollm2()
     scores: dict[str, Any] = {"dense": judge(model, options)}
-    say(f"protocol: {json.dumps(scores['dense'])}")
+    common.say(f"protocol: {json.dumps(scores['dense'])}")
     scores["one shot"] = judge(fit(model, options, "one_shot", 0, ONE_SHOT), options)
     for seed in options.seeds:
         recipe = fit(model, options, "recipe", seed, [])
@@ -114,7 +111,7 @@ def conclude(scores: dict[str, Any], seeds: Sequence[int], out: Path) -> int:
     """Print the table and the verdict."""
     base = scores["dense"]["perplexity"]
     for name, score in scores.items():
-        say(
+        common.say(
             f"{name:24} {score['perplexity']:8.2f}  x dense {score['perplexity'] / base:.3f}  "
             f"{score['class']}"
         )
@@ -125,18 +122,12 @@ def conclude(scores: dict[str, Any], seeds: Sequence[int], out: Path) -> int:
     ]
     spread = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
     mean = statistics.mean(ratios)
-    say(
+    common.say(
         f"recipe / dense trained: {mean:.3f} (spread {spread:.3f}, {len(ratios)} seeds), "
         f"claim <= {LIMIT}"
     )
     write_json(out / "result.json", {"scores": scores, "ratios": ratios})
     return 0 if mean <= LIMIT else 1
-
-
-def say(line: str) -> None:
-    """One line of output."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
