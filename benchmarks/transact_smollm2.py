@@ -73,6 +73,9 @@ def fit(
 ) -> Path:
     """Run `plprune fit` with the recipe and return the exported folder."""
     out = options.out / f"{name}_{seed}"
+    if (out / "model" / "config.json").is_file():  # exports are complete or not there
+        common.say(f"{out}: there already, not trained again")
+        return out / "model"
     PlpruneCLI(
         [
             "fit",
