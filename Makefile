@@ -24,10 +24,12 @@ venv: $(STAMP)
 
 # torch comes first and by its exact version, so that an index that offers a CPU build of it is
 # asked for that one before anything else can ask for a range. pip then finds it installed.
+# DeepSpeed comes as source and brings what it needs to be built.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt setuptools
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH)
+	$(PIP) install --quiet --constraint constraints.txt deepspeed
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo]'
 	touch $(STAMP)
 

@@ -13,7 +13,6 @@ from plprune.describe import describe
 from plprune.dist import together
 from plprune.errors import CheckpointError, ConfigError
 from plprune.lit import carry, guard
-from plprune.lit.recut import assert_consistent
 from plprune.lit.strategies import adapter_for
 from plprune.lora import Injected, inject, merge, plain_config, require_same_adapters
 from plprune.lora_files import adapter_state, save_adapter
@@ -103,7 +102,7 @@ class LoRARecovery(Callback):
         pruner = self._pruner(trainer)
         if pruner.progressive is not None and pruner.progressive.done == len(pruner.cuts):
             self._inject(pl_module)
-            assert_consistent(pl_module, adapter_for(trainer.strategy).optimizers(trainer))
+            adapter_for(trainer.strategy).assert_consistent(trainer)
 
     def _inject(self, pl_module: LightningModule) -> None:
         if self.injected is None:
@@ -145,7 +144,7 @@ class LoRARecovery(Callback):
             merge(self.injected)
             self.injected = None
             if sharded:
-                adapter_for(trainer.strategy).rewrap(trainer)
+                adapter_for(trainer.strategy).finish(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module's own hooks."""

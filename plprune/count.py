@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from plprune.budget import Budget
+from plprune.sharded import full_shape
 from plprune.spec import Axis, Entry, Side, Spec
 from plprune.surgery.linear_like import is_adapter_parameter, shape_of
 from plprune.unwrap import family_of, unwrap
@@ -172,17 +173,17 @@ def tally(model: nn.Module, spec: Spec, *, context: int = 2048) -> Tally:
     for name, parameter in plain.named_parameters():
         owner = name.replace(".base_layer", "").rpartition(".")[0]
         if is_adapter_parameter(name):
-            adapters += parameter.numel()
+            adapters += full_shape(parameter).numel()
             continue
-        stored += parameter.numel() * parameter.element_size()
+        stored += full_shape(parameter).numel() * parameter.element_size()
         if owner in spec.linears:
-            linears += parameter.numel()
+            linears += full_shape(parameter).numel()
         elif name.startswith(f"{family.blocks}."):
-            inside += parameter.numel()
+            inside += full_shape(parameter).numel()
         elif owner in (family.embed, family.head):
-            embedding += parameter.numel()
+            embedding += full_shape(parameter).numel()
         else:
-            other += parameter.numel()
+            other += full_shape(parameter).numel()
     linears -= _masked(plain, spec)
     blocks = linears + inside
     params = Counts(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from plprune.errors import FamilyError
 from plprune.families.base import Family, Projection
+from plprune.sharded import full_shape
 from plprune.spec import Axis, BlockDims, Linear, Slice, Spec
 from plprune.surgery.linear_like import is_adapter_parameter, shape_of
 from plprune.unwrap import family_of, unwrap
@@ -184,9 +185,9 @@ def _fixed_parameters(
         if is_adapter_parameter(name) or owner in linears:
             continue
         if name.startswith(f"{family.blocks}."):
-            inside += parameter.numel()
+            inside += full_shape(parameter).numel()
         elif owner in (family.embed, family.head):
-            embedding += parameter.numel()
+            embedding += full_shape(parameter).numel()
         else:
-            outside += parameter.numel()
+            outside += full_shape(parameter).numel()
     return inside, embedding, outside

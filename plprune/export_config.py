@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from plprune.errors import ExportError
 from plprune.families.base import Family
+from plprune.sharded import full_shape
 from plprune.spec import Spec
 from plprune.unwrap import family_of
 
@@ -89,7 +90,7 @@ def target_for(
         raise ExportError(
             "unknown export mode", given=repr(mode), allowed=", ".join(get_args(Mode))
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(full_shape(tensor)) for name, tensor in tensors.items()}
     draft = _Draft(model, spec, shapes, tied)
     if mode == "per_layer":
         return draft.per_layer()

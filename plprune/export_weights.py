@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from plprune.dist import together
 from plprune.errors import ExportError
 from plprune.export_config import Shapes
-from plprune.sharded import is_sharded, part, whole
+from plprune.sharded import full_shape, is_sharded, part, state_of, whole
 from plprune.surgery.linear_like import is_adapter_parameter
 from plprune.unwrap import family_of
 
@@ -61,23 +61,23 @@ def tensors_of(model: nn.Module, *, dtype: torch.dtype | None) -> dict[str, Tens
             fix="merge them first: model = model.merge_and_unload()",
         )
     skipped = f"{family_of(model).head}.weight" if is_tied(model) else ""
-    tensors = {name: t.detach() for name, t in model.state_dict().items() if name != skipped}
+    tensors = {name: t for name, t in state_of(model).items() if name != skipped}
     for name, tensor in tensors.items():
         _check(name, tensor, dtype)
     return tensors
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or full_shape(tensor).numel() == 0:
         kind = "on the meta device" if tensor.is_meta else "of size 0"
         raise ExportError(
             f"{name} has no data to write",
-            given=f"a tensor {kind}, shape {tuple(tensor.shape)}",
+            given=f"a tensor {kind}, shape {tuple(full_shape(tensor))}",
             allowed="tensors with data",
             fix="load the weights first, and keep at least one unit in every layer",
         )
     # Of a divided tensor every rank looks at its own part, which may be empty.
-    cast = _cast(part(tensor), dtype)
+    cast = _cast(part(tensor).detach(), dtype)
     if not tensor.is_floating_point() or cast.numel() == 0:
         return
     # nan and inf both reach the extremes; one pass without temporaries, where isfinite is slow.
@@ -183,7 +183,7 @@ def _gathered(
     """Copies on the CPU, put together one tensor at a time; empty on ranks that keep none."""
     shard = {}
     for name in names:
-        complete = whole(tensors[name])
+        complete = whole(tensors[name]).detach()
         if keep:
             shard[name] = _cast(complete, dtype).to("cpu", copy=True).contiguous()
     return shard
@@ -210,4 +210,4 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
     kind = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
-    return kind.itemsize * tensor.numel()
+    return kind.itemsize * full_shape(tensor).numel()

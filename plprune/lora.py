@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.errors import CheckpointError, ConfigError, ExportError
-from plprune.sharded import is_sharded, shard_like, whole
+from plprune.sharded import full_shape, is_sharded, whole, write
 from plprune.surgery.linear_like import is_adapter_parameter, is_lora
 from plprune.unwrap import family_of, unwrap
 
@@ -100,7 +100,7 @@ def _complete_shapes(model: nn.Module) -> Iterator[None]:
         for name, parameter in module._parameters.items():
             if parameter is not None and is_sharded(parameter):
                 # One number that claims to be a matrix; nothing reads it.
-                stand_in = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
+                stand_in = torch.empty((), dtype=parameter.dtype).expand(full_shape(parameter))
                 hidden.append((module, name, parameter))
                 module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
     try:
@@ -169,7 +169,7 @@ def merge(injected: Injected) -> None:
     layers = [(name, m) for name, m in injected.model.named_modules() if is_lora(m)]
     for name, module in layers:
         factors = (p for n, p in module.named_parameters() if is_adapter_parameter(n))
-        if not all(bool(torch.isfinite(whole(factor.detach())).all()) for factor in factors):
+        if not all(bool(torch.isfinite(whole(factor).detach()).all()) for factor in factors):
             raise ExportError(
                 "cannot merge adapters",
                 given=f"NaN or infinity in {name}",
@@ -191,14 +191,13 @@ def _complete(module: nn.Module) -> Iterator[None]:
         for name, parameter in part._parameters.items():
             if parameter is not None and is_sharded(parameter):
                 held.append((part, name, parameter))
-                full = whole(parameter.detach()).clone()
+                full = whole(parameter).detach().clone()
                 part._parameters[name] = nn.Parameter(full, requires_grad=False)
     yield
     for part, name, parameter in held:
         full = cast(Tensor, part._parameters[name]).detach()
         part._parameters[name] = parameter
-        with torch.no_grad():
-            cast(Any, parameter).to_local().copy_(cast(Any, shard_like(full, parameter)).to_local())
+        write(parameter, full)
 
 
 def any_adapter(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plprune.errors import ExportError, StructureError
 from plprune.lora import ADAPTER, Injected, inject
-from plprune.sharded import whole
+from plprune.sharded import state_of, whole
 from plprune.spec import Spec
 from plprune.surgery.linear_like import is_adapter_parameter
 
@@ -91,12 +91,12 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         `base_model.model.<path>.lora_A.weight` and so on, contiguous, on the CPU.
     """
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state_of(model).items():
         if is_adapter_parameter(name):
             public = f"base_model.model.{name}".replace(f".{ADAPTER}.", ".")
             if "lora_magnitude_vector" in public:
                 public = public.removesuffix(".weight")
-            state[public] = whole(tensor.detach()).cpu().contiguous()
+            state[public] = whole(tensor).detach().cpu().contiguous()
     return state
 
 

@@ -1,27 +1,55 @@
-"""Tensors of which every process holds a part."""
+"""Tensors of which every process holds a part: `DTensor` (FSDP2) and ZeRO-3 parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """True for a `DTensor`, as FSDP2 makes them."""
-    return hasattr(tensor, "full_tensor")
+    """True if this process holds a part only."""
+    return hasattr(tensor, "full_tensor") or _is_zero(tensor)
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_tensor")
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """Shape of the complete tensor; that of a ZeRO-3 parameter itself is empty."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, with parameters as they are: detached, ZeRO-3's would be empty.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Parameters and persistent buffers by name, tied ones under each name.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: parameters.get(name, tensor) for name, tensor in model.state_dict().items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The complete tensor; collective on all ranks for one that is sharded.
 
     Args:
-        tensor: any tensor.
+        tensor: any tensor; ZeRO-3 parameters as they are, not detached.
 
     Returns:
         The tensor itself, or what all ranks hold together.
     """
     sharded: Any = tensor
+    if _is_zero(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     full: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
     return full
 
@@ -29,29 +57,30 @@ def whole(tensor: Tensor) -> Tensor:
 def part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor; all of it if it is not divided."""
     sharded: Any = tensor
+    if _is_zero(tensor):
+        return sharded.ds_tensor  # type: ignore[no-any-return]
     local: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
     return local
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """Divide a complete tensor as another one is divided; no communication.
+    """Divide a complete tensor as a `DTensor` is divided; no communication.
 
     Args:
         full: equal on all ranks, any size.
-        like: any tensor; if it is sharded, its mesh, placements and device are used.
+        like: any tensor; of a `DTensor` mesh, placements and device are used.
 
     Returns:
         `full`, or a `DTensor` of which this rank keeps its part.
     """
-    if not is_sharded(like):
+    if not hasattr(like, "full_tensor"):
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     model: Any = like
     made = distribute_tensor(full, model.device_mesh, model.placements, src_data_rank=None)
-    local = made.to_local()
     # The part is a view: without a copy the complete tensor would stay alive.
-    local = local.to(model.to_local().device, copy=True)
+    local = made.to_local().to(model.to_local().device, copy=True)
     return DTensor.from_local(
         local,
         model.device_mesh,
@@ -60,3 +89,48 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
         shape=full.shape,
         stride=full.stride(),
     )
+
+
+def parameter_like(data: Tensor, like: nn.Parameter) -> nn.Parameter:
+    """A parameter in the place of another; under ZeRO-3 divided at once.
+
+    Args:
+        data: from `shard_like`.
+        like: the parameter it replaces.
+
+    Returns:
+        The new parameter.
+    """
+    made = nn.Parameter(data, requires_grad=like.requires_grad)
+    old: Any = like
+    if _is_zero(like):
+        old.convert_to_zero_parameters(param_list=[made])
+    return made
+
+
+def write(parameter: nn.Parameter, full: Tensor) -> None:
+    """Give a parameter that is not trained new values, on all ranks.
+
+    Args:
+        parameter: any parameter; of one that is trained under ZeRO a copy elsewhere would win.
+        full: complete values, equal on all ranks.
+    """
+    sharded: Any = parameter
+    with torch.no_grad():
+        if _is_zero(parameter):
+            sharded.ds_tensor.copy_(zero_part(full.to(sharded.ds_tensor.dtype)))
+        elif is_sharded(parameter):
+            made: Any = shard_like(full, parameter)
+            sharded.to_local().copy_(made.to_local())
+        else:
+            parameter.copy_(full)
+
+
+def zero_part(full: Tensor) -> Tensor:
+    """This rank's part of a tensor as ZeRO-3 divides it: flat, equal lengths, zeros at the end."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    length = -(-full.numel() // world)
+    flat = full.reshape(-1)[rank * length : (rank + 1) * length]
+    return torch.cat([flat, flat.new_zeros(length - flat.numel())])

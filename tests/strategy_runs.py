@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import fitting
 from fitting import User
 from plprune.lit.loader import TokenLoader
+from plprune.lit.strategies.deepspeed import ZeRO
+from plprune.sharded import whole
 from ranks import run_ranks
 
 GLOBAL_BATCH = 4
@@ -33,10 +35,17 @@ def adamw(module: LightningModule) -> Any:
 class Doubled(Callback):
     """Gradients of twice the size."""
 
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """DeepSpeed takes gradients away as they come: they are doubled on their way."""
+        if isinstance(trainer.strategy, ZeRO):
+            for parameter in pl_module.parameters():
+                parameter.register_hook(lambda grad: 2 * grad)
+
     def on_after_backward(self, trainer: Any, pl_module: LightningModule) -> None:
         """As if they had not been divided."""
         for parameter in pl_module.parameters():
-            parameter.grad = 2 * parameter.grad
+            if parameter.grad is not None and not isinstance(trainer.strategy, ZeRO):
+                parameter.grad = 2 * parameter.grad
 
 
 def sgd(module: LightningModule) -> Any:
@@ -61,6 +70,14 @@ def one_group(module: LightningModule) -> Any:
 
 
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "one group": one_group}
+
+
+class Reseed(Callback):
+    """Adapters that are drawn now are the same, whatever numbers an engine drew before."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Before the callback that injects."""
+        torch.manual_seed(0)
 
 
 class Sharded(User):
@@ -95,12 +112,36 @@ def fit_on(name: str, world: int, **settings: Any) -> dict[str, Any]:
     return fit(make(world), world=world, **{"module": module, **settings})
 
 
+def alone(name: str, **settings: Any) -> dict[str, Any]:
+    """`fit` on one process, with the numbers a strategy computes in."""
+    module = Single if name.startswith("zero") else User
+    return fit(**{"module": module, **settings})
+
+
+class Single(User):
+    """The same in float32: DeepSpeed keeps masters in nothing else."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **{"dtype": torch.float32, **more})
+
+
+def _zero(stage: int) -> Any:
+    """DeepSpeed divides only large tensors by default, which would hide mistakes here."""
+    sizes = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    zero = {"stage": stage, "overlap_comm": False, **sizes}
+    config = {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
+    return ZeRO(config={"train_micro_batch_size_per_gpu": 1, **config})
+
+
 STRATEGIES: dict[str, tuple[Callable[[int], Any], type[User]]] = {
     "ddp": (lambda world: "ddp", User),
     "fsdp2": (
         lambda world: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
         Sharded,
     ),
+    "zero1": (lambda world: _zero(1), Single),
+    "zero2": (lambda world: _zero(2), Single),
+    "zero3": (lambda world: _zero(3), Single),
 }
 
 
@@ -161,9 +202,8 @@ def outcome(trainer: Any, user: User) -> dict[str, Any]:
 
 def digest(tensor: Any) -> str:
     """Shape and hash of a tensor's bytes."""
-    whole = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-    data = whole.cpu().contiguous().numpy().tobytes()
-    return f"{list(whole.shape)} {hashlib.sha256(data).hexdigest()[:12]}"
+    complete = whole(tensor).detach().cpu().contiguous()
+    return f"{list(complete.shape)} {hashlib.sha256(complete.numpy().tobytes()).hexdigest()[:12]}"
 
 
 def gap(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -21,6 +21,7 @@ from plprune.lit.messages import is_first_process, is_refused_value, known_keys,
 from plprune.lit.model import LitCausalLM
 from plprune.lit.progress import with_progress
 from plprune.lit.run_config import RunConfig
+from plprune.lit.strategies import deepspeed
 
 _PARTS: tuple[tuple[str, type], ...] = (
     ("lora", LoRARecovery),
@@ -29,6 +30,9 @@ _PARTS: tuple[tuple[str, type], ...] = (
     ("export", ExportHF),
 )
 """Optional top-level keys, in the order their callbacks run; null leaves them out."""
+
+
+deepspeed.register()
 
 
 class PlpruneCLI(LightningCLI):

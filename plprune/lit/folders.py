@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 
 from plprune.dist import together
 from plprune.errors import CheckpointError
@@ -28,7 +28,9 @@ PARTS_FILE = "plprune.pt"
 
 def are_written_by(strategy: Strategy) -> bool:
     """True if the checkpoints of a strategy are folders."""
-    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy._save_distributed_checkpoint
+    return isinstance(strategy, DeepSpeedStrategy)
 
 
 def save(

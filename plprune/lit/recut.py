@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from plprune.dist import together
 from plprune.drivers.progressive import Progressive, probe_loss
@@ -60,27 +60,19 @@ def recut(
     if not reset:
         with together():
             _require_sliceable(adapter.optimizers(trainer), unwrap(model), spec, lowered)
-    before, steps = _groups(trainer), trainer.global_step
+    before, steps = adapter.signature(trainer), trainer.global_step
     applied = adapter.recut(trainer, model, spec, lowered, reset=reset)
     with together():
-        after = _groups(trainer)
+        after = adapter.signature(trainer)
         if before != after or steps != trainer.global_step:
             raise PlanError(
                 "a cut changed learning rates, groups or counters",
                 given=str(after),
                 allowed=str(before),
             )
-        assert_consistent(trainer.lightning_module, adapter.optimizers(trainer))
+        adapter.assert_consistent(trainer)
         assert_shapes(model, applied.spec)
     return applied
-
-
-def _groups(trainer: Trainer) -> list[list[tuple[Any, int]]]:
-    """Learning rate and number of tensors of every group of every optimizer."""
-    return [
-        [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
-        for optimizer in trainer.strategy.optimizers
-    ]
 
 
 def late_cut(trainer: Trainer, progressive: Progressive) -> Callable[[Lowered], Applied] | None:
@@ -128,47 +120,6 @@ def _require_sliceable(
     names = {named[name]: name for name in cut_table(plain, touched) if name in named}
     for optimizer in optimizers:
         check_sliceable(optimizer, names)
-
-
-def assert_consistent(module: nn.Module, optimizers: list[Any]) -> None:
-    """Every trainable parameter, and nothing else, is in one group, with state of its own shape.
-
-    Args:
-        module: what the trainer trains.
-        optimizers: the trainer's.
-
-    Raises:
-        PlanError: otherwise; training would silently go on without those weights.
-    """
-    owned: dict[int, int] = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                owned[id(parameter)] = owned.get(id(parameter), 0) + 1
-    wrong = [
-        name
-        for name, p in module.named_parameters()
-        if p.requires_grad and owned.pop(id(p), 0) != 1
-    ]
-    known = {id(p) for p in module.parameters()}
-    held = {*owned, *(id(p) for optimizer in optimizers for p in optimizer.state)}
-    stale = held - known
-    crooked = [
-        key
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape
-    ]
-    if wrong or stale or crooked:
-        raise PlanError(
-            "the optimizer does not match the model",
-            given=f"{len(wrong)} trainable parameters not in exactly one group "
-            f"({', '.join(wrong[:3])}), "
-            f"{len(stale)} stale parameters, {len(crooked)} states of another shape",
-            allowed="every trainable parameter once",
-            fix="let configure_optimizers pass each trainable parameter to exactly one group",
-        )
 
 
 def assert_shapes(model: nn.Module, spec: Spec) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from plprune.errors import PlanError
 from plprune.families.base import Family
 from plprune.plan import Keep, Mask, Plan, Write
+from plprune.sharded import parameter_like
 from plprune.spec import Entry, Lowered, Spec
 from plprune.surgery.linear_like import base_of, is_conv1d, is_lora, refresh_sizes
 from plprune.surgery.lower import lower
@@ -49,7 +50,7 @@ def apply(model: nn.Module, plan: Plan, spec: Spec) -> Applied:
     lowered = lower(plan, spec)
     plain = unwrap(model)
     spec = _check_edits(plan, spec)
-    _check_shared(plain, cut_table(plain, _with_dead(spec, lowered)))
+    _check_shared(plain, cut_table(plain, kept_entries(spec, lowered)))
     _write(plain, plan)
     return commit(plain, spec, lowered)
 
@@ -70,7 +71,7 @@ def commit(model: nn.Module, spec: Spec, lowered: Lowered) -> Applied:
             then.
     """
     plain = unwrap(model)
-    keep = _with_dead(spec, lowered)
+    keep = kept_entries(spec, lowered)
     after = spec.cut(keep, physical=True)
     table = cut_table(plain, keep)
     _check_shared(plain, table)
@@ -93,7 +94,8 @@ def _swap(model: nn.Module, table: CutTable) -> list[Swap]:
         if old in done:  # a tensor shared by two modules is cut once
             owner._parameters[leaf] = done[old].new
             continue
-        new = nn.Parameter(cut(old.detach(), cuts), requires_grad=old.requires_grad)
+        with torch.no_grad():
+            new = parameter_like(cut(old, cuts).detach(), old)
         if old.grad is not None:
             new.grad = cut(old.grad, cuts)
         owner._parameters[leaf] = new
@@ -102,8 +104,16 @@ def _swap(model: nn.Module, table: CutTable) -> list[Swap]:
     return swaps
 
 
-def _with_dead(spec: Spec, lowered: Lowered) -> dict[Entry, Tensor]:
-    """Kept entries, without those that are masked already."""
+def kept_entries(spec: Spec, lowered: Lowered) -> dict[Entry, Tensor]:
+    """Kept entries, without those that are masked already.
+
+    Args:
+        spec: with its dead entries.
+        lowered: kept entries of a cut.
+
+    Returns:
+        Kept entries of both.
+    """
     keep = {entry: ~dead for entry, dead in spec.dead.items()}
     for entry, mask in lowered.items():
         keep[entry] = keep[entry] & mask if entry in keep else mask

@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from plprune import sharded
 from plprune.errors import FamilyError
 from plprune.spec import Side
 
@@ -97,7 +98,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
         Outputs and inputs.
     """
     sides = dims(base_of(module))["weight"]
-    shape = cast(nn.Parameter, base_of(module).weight).shape
+    shape = sharded.full_shape(cast(nn.Parameter, base_of(module).weight))
     return shape[sides["out"]], shape[sides["in"]]
 
 
@@ -117,10 +118,10 @@ def refresh_sizes(module: nn.Module) -> None:
             factor.out_features = rows  # type: ignore[assignment]
         return
     if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+        module.out_features, module.in_features = sharded.full_shape(module.weight)
     elif is_conv1d(module):
-        module.nx, module.nf = cast(nn.Parameter, module.weight).shape  # type: ignore[assignment]
+        module.nx, module.nf = sharded.full_shape(cast(nn.Parameter, module.weight))  # type: ignore[assignment]
     elif isinstance(module, nn.Embedding):
-        module.embedding_dim = module.weight.shape[1]
+        module.embedding_dim = sharded.full_shape(module.weight)[1]
     elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(module.weight.shape)
+        module.normalized_shape = tuple(sharded.full_shape(module.weight))

@@ -32,7 +32,7 @@ def recovering(folder: Path, **lora: Any) -> list[Callback]:
 def test_exports_adapters_and_reports_are_those_of_one(name: str, tmp_path: Path):
     settings = {"optimizer": "one group"}
     torch.manual_seed(0)
-    runs.fit(callbacks=lambda: recovering(tmp_path / "one"), **settings)
+    runs.alone(name, callbacks=lambda: recovering(tmp_path / "one"), **settings)
     torch.manual_seed(0)  # as before the first run: adapters are drawn
     on_ranks(name, callbacks=lambda: recovering(tmp_path / "two"), **settings)
     one, two = everything(tmp_path / "one"), everything(tmp_path / "two")
@@ -60,7 +60,7 @@ def test_files_are_written_without_a_complete_model_on_a_rank(
         export, "_Chosen", lambda **more: plain(**{**more, "max_shard_bytes": 20_000})
     )
     callbacks = lambda folder: [fitting.prune(), ExportHF(str(folder), tokenizer="none")]  # noqa: E731
-    runs.fit(callbacks=lambda: callbacks(tmp_path / "one"))
+    runs.alone(name, callbacks=lambda: callbacks(tmp_path / "one"))
     on_ranks(name, callbacks=lambda: callbacks(tmp_path / "two"))
     names = [
         sorted(p.name for p in (tmp_path / n).iterdir() if p.suffix == ".safetensors")

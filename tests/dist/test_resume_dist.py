@@ -23,6 +23,7 @@ STEPS = 12
 pytestmark = [
     pytest.mark.world_size(2),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:When saving the DeepSpeed Stage 3 checkpoint"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
 ]
 

@@ -11,8 +11,10 @@ from lightning.pytorch.strategies import (
 
 from plprune.errors import ConfigError
 from plprune.lit.strategies.base import Adapter
+from plprune.lit.strategies.deepspeed import ZeRO
 from plprune.lit.strategies.fsdp2 import FSDP2
 from plprune.lit.strategies.plain import DDP, SingleDevice
+from plprune.lit.strategies.zero import ZeROAdapter
 
 
 def adapter_for(strategy: Strategy) -> Adapter:
@@ -37,9 +39,12 @@ def adapter_for(strategy: Strategy) -> Adapter:
         return DDP()
     if type(strategy) is ModelParallelStrategy:
         return FSDP2()
+    if isinstance(strategy, ZeRO):
+        return ZeROAdapter()
     raise ConfigError(
         "this strategy cannot be cut during fit",
         given=type(strategy).__name__,
-        allowed="auto (one device), ddp, ModelParallelStrategy (FSDP2)",
-        fix="set trainer.strategy; FSDP1 and FSDP2 do the same, see configs/strategies/fsdp2.yaml",
+        allowed="auto (one device), ddp, ModelParallelStrategy (FSDP2), zero1, zero2, zero3",
+        fix="take fsdp2 instead of FSDP1, and zero3 (plprune.lit.strategies.deepspeed.ZeRO) "
+        "instead of Lightning's DeepSpeed: see configs/strategies",
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from plprune.errors import PlanError
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, commit
 from plprune.surgery.state import slice_optimizer
@@ -50,6 +52,31 @@ class Adapter(ABC):
         """
         return list(trainer.strategy.optimizers)
 
+    def signature(self, trainer: Trainer) -> list[Any]:
+        """What a cut must not change in the optimizers.
+
+        Args:
+            trainer: with its optimizers.
+
+        Returns:
+            Comparable values: learning rate and number of tensors of every group.
+        """
+        return [
+            [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
+            for optimizer in trainer.strategy.optimizers
+        ]
+
+    def assert_consistent(self, trainer: Trainer) -> None:
+        """Check that what the model has is what is trained.
+
+        Args:
+            trainer: after a change.
+
+        Raises:
+            PlanError: otherwise; training would silently go on without some weights.
+        """
+        assert_consistent(trainer.lightning_module, self.optimizers(trainer))
+
     @abstractmethod
     def recut(
         self, trainer: Trainer, model: nn.Module, spec: Spec, lowered: Lowered, *, reset: bool
@@ -82,6 +109,14 @@ class Adapter(ABC):
             trainer: set up or running.
         """
         del trainer
+
+    def finish(self, trainer: Trainer) -> None:
+        """Let the wrapper take over a model whose training is over, to be measured and written.
+
+        Args:
+            trainer: at the end of training.
+        """
+        self.rewrap(trainer)
 
     def refit(self, trainer: Trainer) -> None:
         """The same, and let the optimizers follow, if they exist already.
@@ -153,3 +188,44 @@ def rebuild_optimizers(trainer: Trainer) -> None:
 def _set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float | Tensor]) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+def assert_consistent(module: nn.Module, optimizers: list[Any]) -> None:
+    """Every trainable parameter, and nothing else, is in one group, with state of its own shape.
+
+    Args:
+        module: what the trainer trains.
+        optimizers: the trainer's.
+
+    Raises:
+        PlanError: otherwise; training would silently go on without those weights.
+    """
+    owned: dict[int, int] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                owned[id(parameter)] = owned.get(id(parameter), 0) + 1
+    wrong = [
+        name
+        for name, p in module.named_parameters()
+        if p.requires_grad and owned.pop(id(p), 0) != 1
+    ]
+    known = {id(p) for p in module.parameters()}
+    held = {*owned, *(id(p) for optimizer in optimizers for p in optimizer.state)}
+    stale = held - known
+    crooked = [
+        key
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape
+    ]
+    if wrong or stale or crooked:
+        raise PlanError(
+            "the optimizer does not match the model",
+            given=f"{len(wrong)} trainable parameters not in exactly one group "
+            f"({', '.join(wrong[:3])}), "
+            f"{len(stale)} stale parameters, {len(crooked)} states of another shape",
+            allowed="every trainable parameter once",
+            fix="let configure_optimizers pass each trainable parameter to exactly one group",
+        )

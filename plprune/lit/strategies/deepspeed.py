@@ -1,0 +1,114 @@
+"""DeepSpeed ZeRO for Lightning, on any device, with the accumulation of every other strategy.
+
+Lightning's own strategy refuses all but CUDA, and under gradient accumulation it divides the loss
+twice (once in the loop, once in the engine) and counts micro-batches across epochs, so that
+the engine's boundaries drift away from the trainer's. Here the trainer owns the boundary, and the
+loss is divided once, on every device. On CUDA everything else is Lightning's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from torch import Tensor, nn
+
+from plprune.lit.strategies.engine import kept_hooks, teardown
+
+
+class ZeRO(DeepSpeedStrategy):
+    """ZeRO stage 1, 2 or 3; arguments as Lightning's `DeepSpeedStrategy`."""
+
+    strategy_name = "zero"
+    group_names: list[list[str]]
+    """Names in the LightningModule of the parameters of every optimizer group."""
+    _reused: tuple[Any, Any] | None = None
+
+    @contextlib.contextmanager
+    def reusing(self, optimizer: Any) -> Iterator[None]:
+        """Let the next engine have this torch optimizer and the schedulers that act on it.
+
+        `configure_optimizers` cannot be asked again: the parameters it would see have no shapes.
+
+        Args:
+            optimizer: its groups hold parameters of the module, it has no state.
+        """
+        configs = self.lr_scheduler_configs
+        self._reused = (optimizer, configs[0] if configs else None)
+        try:
+            yield
+        finally:
+            self._reused = None
+
+    def _init_optimizers(self) -> tuple[Any, Any]:
+        if self._reused is not None:
+            return self._reused
+        optimizer, config = super()._init_optimizers()
+        assert self.lightning_module is not None, "attached"
+        names = {p: name for name, p in self.lightning_module.named_parameters()}
+        self.group_names = [[names[p] for p in g["params"]] for g in optimizer.param_groups]
+        return optimizer, config
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:  # type: ignore[override]
+        """Devices of this machine; CPUs get numbers, which DeepSpeed asks for."""
+        return self._numbered
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        if devices and devices[0].type == "cpu":
+            devices = [torch.device("cpu", number) for number in range(len(devices))]
+        self._numbered = devices
+
+    def setup_environment(self) -> None:
+        """Start the process group, on accelerators other than CUDA too."""
+        if self.root_device.type == "cuda":
+            super().setup_environment()
+            return
+        import deepspeed
+
+        # It would be compiled at the start of every process, and only serves inference kernels.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        DDPStrategy.setup_environment(self)  # type: ignore[arg-type]
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """The trainer does."""
+        return False
+
+    def block_backward_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing: the engine knows from the boundary set in `backward` when to reduce."""
+        return contextlib.nullcontext()
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward pass of a micro-batch; whether a step follows is the trainer's to say."""
+        assert self.lightning_module is not None, "attached"
+        accumulates = self.lightning_module.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not accumulates)
+        kwargs["scale_wrt_gas"] = False
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        # Lightning takes every hook off the module, also those of the user and of masks.
+        with kept_hooks(model):
+            super()._initialize_deepspeed_inference(model)
+
+    def teardown(self) -> None:
+        """Free the engine: DeepSpeed keeps it alive through hooks and a global list."""
+        module = self.lightning_module
+        if module is not None and self.model is not None and self.model is not module:
+            with contextlib.suppress(AttributeError):  # an engine that was not finished
+                teardown(self, module)
+        super().teardown()
+
+
+def register() -> None:
+    """Make `zero1`, `zero2` and `zero3` names for `Trainer(strategy=...)`."""
+    for stage in (1, 2, 3):
+        if f"zero{stage}" not in StrategyRegistry:
+            StrategyRegistry.register(
+                f"zero{stage}", ZeRO, description=f"DeepSpeed ZeRO stage {stage}", stage=stage
+            )
