@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,6 +251,8 @@ def _strategy(run: Run) -> str:
     """Its name in `plprune.memory.SHARDED`; a strategy that is not known shares nothing."""
     given = run.trainer.get("strategy", "auto")
     text = str(given if isinstance(given, str) else given.get("class_path", "")).lower()
+    if re.fullmatch("zero[123]", text):
+        return text
     if "deepspeed" in text:
         stage = 2 if isinstance(given, str) else (given.get("init_args") or {}).get("stage", 2)
         return f"zero{text[text.rfind('stage_') + 6]}" if "stage_" in text else f"zero{stage}"

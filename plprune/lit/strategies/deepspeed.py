@@ -9,7 +9,7 @@ loss is divided once, on every device. On CUDA everything else is Lightning's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class ZeRO(DeepSpeedStrategy):
         return optimizer, config
 
     @property
-    def parallel_devices(self) -> list[torch.device] | None:  # type: ignore[override]
+    def parallel_devices(self) -> list[torch.device] | None:
         """Devices of this machine; CPUs get numbers, which DeepSpeed asks for."""
         return self._numbered
 
@@ -72,16 +72,17 @@ class ZeRO(DeepSpeedStrategy):
 
         # It would be compiled at the start of every process, and only serves inference kernels.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        DDPStrategy.setup_environment(self)  # type: ignore[arg-type]
+        DDPStrategy.setup_environment(self)
 
     @property
     def handles_gradient_accumulation(self) -> bool:
         """The trainer does."""
         return False
 
-    def block_backward_sync(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
         """Nothing: the engine knows from the boundary set in `backward` when to reduce."""
-        return contextlib.nullcontext()
+        yield
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Backward pass of a micro-batch; whether a step follows is the trainer's to say."""
