@@ -18,7 +18,7 @@ from plprune.export_card import CardInfo
 from plprune.lit import guard, measured
 from plprune.load import STRUCTURE_FILE, load_tokenizer
 from plprune.lora import any_adapter
-from plprune.sharded import is_sharded
+from plprune.sharded import any_sharded
 from plprune.surgery.rebuild import structure_of
 from plprune.unwrap import find_model, unwrap
 
@@ -90,7 +90,7 @@ class ExportHF(Callback):
             return
         if any_adapter(model):
             raise _unmerged()
-        if any(is_sharded(parameter) for parameter in model.parameters()):
+        if any_sharded(model.parameters()):
             self._write(trainer, pl_module, model)  # all ranks help
             return
         with together():

@@ -16,7 +16,7 @@ from plprune.lit import carry, guard
 from plprune.lit.strategies import adapter_for
 from plprune.lora import Injected, inject, merge, plain_config, require_same_adapters
 from plprune.lora_files import adapter_state, save_adapter
-from plprune.sharded import is_sharded
+from plprune.sharded import any_sharded
 from plprune.unwrap import find_model, unwrap
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class LoRARecovery(Callback):
         if self.injected is None:
             trainer = pl_module.trainer
             # Before that a model with whole weights is a plain model still.
-            wrapped = bool(trainer.strategy.optimizers) or _is_sharded(pl_module)
+            wrapped = bool(trainer.strategy.optimizers) or any_sharded(pl_module.parameters())
             if wrapped:
                 adapter_for(trainer.strategy).rest(trainer)
             self.injected = inject(find_model(pl_module, self.attribute), self.config)
@@ -130,7 +130,7 @@ class LoRARecovery(Callback):
         """Save the adapters and fold them in."""
         if self.injected is None:
             return
-        sharded = _is_sharded(pl_module)
+        sharded = any_sharded(pl_module.parameters())
         if sharded:
             adapter_for(trainer.strategy).rest(trainer)
         if self.adapter_dir is not None:
@@ -172,7 +172,3 @@ class LoRARecovery(Callback):
                 allowed="a checkpoint of a run with adapters that are not merged yet",
                 fix="resume without `lora`, or export the checkpoint and start a new run from it",
             )
-
-
-def _is_sharded(module: LightningModule) -> bool:
-    return any(is_sharded(parameter) for parameter in module.parameters())

@@ -21,7 +21,7 @@ from plprune.lit import carry, guard, measured, progress, protocol
 from plprune.report import Report
 from plprune.report_html import FILES, write
 from plprune.report_parts import Sample, Score, SpeedPair
-from plprune.sharded import is_sharded
+from plprune.sharded import any_sharded
 from plprune.spec import Spec
 from plprune.timing import greedy_samples, speed
 from plprune.unwrap import find_model, unwrap
@@ -199,7 +199,7 @@ class PruneReport(Callback):
         # One process measures. A model that is divided cannot run on one alone.
         if not self.measure_speed or base is None or not trainer.is_global_zero:
             return ()
-        if any(is_sharded(p) for p in model.parameters()):
+        if any_sharded(model.parameters()):
             return ()
         plain: Any = unwrap(model)
         parameter = next(plain.parameters())

@@ -24,7 +24,7 @@ from plprune.export_config import MODELING_FILE, Mode, Target, modeling_source, 
 from plprune.export_weights import bytes_of, dtype_of, is_tied, tensors_of, write_shards
 from plprune.files import write_json
 from plprune.load import STRUCTURE_ATTRIBUTE, STRUCTURE_FILE
-from plprune.sharded import is_sharded
+from plprune.sharded import any_sharded
 from plprune.spec import Spec
 from plprune.unwrap import family_of, unwrap
 
@@ -96,7 +96,7 @@ def save_hf(
     plain = unwrap(model)
     _check_model(plain, spec, structure)
     _check_reports(chosen.report_files)
-    shared = any(is_sharded(parameter) for parameter in plain.parameters())
+    shared = any_sharded(plain.parameters())
     writes = not shared or dist.rank() == 0
     staging = _staging(target_dir, overwrite=overwrite) if writes else contextlib.nullcontext()
     with contextlib.ExitStack() as stack:

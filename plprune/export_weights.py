@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from plprune.dist import together
 from plprune.errors import ExportError
 from plprune.export_config import Shapes
-from plprune.sharded import full_shape, is_sharded, part, state_of, whole
+from plprune.sharded import any_sharded, full_shape, part, state_of, whole
 from plprune.surgery.linear_like import is_adapter_parameter
 from plprune.unwrap import family_of
 
@@ -148,7 +148,7 @@ def write_shards(
     fill = {n: torch.zeros(shape, dtype=dtype_of(tensors, dtype)) for n, shape in zeros.items()}
     everything = dict(tensors) | fill
     groups = list(_groups(everything, dtype, max_shard_bytes))
-    shared = any(is_sharded(tensor) for tensor in everything.values())
+    shared = any_sharded(everything.values())
     where: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.errors import CheckpointError, ConfigError, ExportError
-from plprune.sharded import full_shape, is_sharded, whole, write
+from plprune.sharded import any_sharded, full_shape, is_sharded, whole, write
 from plprune.surgery.linear_like import is_adapter_parameter, is_lora
 from plprune.unwrap import family_of, unwrap
 
@@ -82,7 +82,7 @@ def _require_whole(model: nn.Module, settings: Mapping[str, Any]) -> None:
         *(True, False),
         "gaussian",
     )
-    if reads and any(is_sharded(parameter) for parameter in model.parameters()):
+    if reads and any_sharded(model.parameters()):
         raise ConfigError(
             "these adapters need complete weights",
             given=f"use_dora: {settings.get('use_dora', False)}, "

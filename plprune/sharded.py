@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 def is_sharded(tensor: Tensor) -> bool:
     """True if this process holds a part only."""
     return hasattr(tensor, "full_tensor") or _is_zero(tensor)
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """True if this process holds only a part of one of them."""
+    return any(is_sharded(tensor) for tensor in tensors)
 
 
 def _is_zero(tensor: Tensor) -> bool:

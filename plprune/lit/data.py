@@ -16,6 +16,7 @@ from plprune.corpus import Corpus, Training, at_least, build_training, build_win
 from plprune.data import Batch, Blocks, calibration_batches
 from plprune.errors import CheckpointError, DataError
 from plprune.evaluate import Windows
+from plprune.lit.calibration import rank_and_world
 from plprune.lit.loader import RankSampler, TokenLoader, TokenRows, collated
 from plprune.load import load_tokenizer
 from plprune.text import Rows, source_kind
@@ -190,8 +191,7 @@ class LitTokens(LightningDataModule):
         """Share of this process under the trainer's strategy; None without a trainer."""
         if self.trainer is None:
             return None, None
-        share = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        return int(share["rank"]), int(share["num_replicas"])
+        return rank_and_world(self.trainer)
 
     def _progress(self) -> tuple[int, bool]:
         """Batches the trainer fetched but has not worked off, and whether its epoch is over."""
