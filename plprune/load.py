@@ -18,6 +18,7 @@ from plprune.surgery.rebuild import rebuild
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STRUCTURE_FILE = "plprune_structure.json"
@@ -58,20 +59,57 @@ def load_hf(
             config.
         StructureError: if the given or the accompanying structure does not fit.
     """
-    folder = _local(path_or_id, "config.json and safetensors")
+    folder = local_folder(path_or_id, "config.json and safetensors")
     wanted = _given(structure)
     if folder is not None:
         check_folder(folder, trust_remote_code=trust_remote_code)
     model = _from_pretrained(
         str(path_or_id if folder is None else folder), dtype, trust_remote_code
     )
-    own = None if folder is None else read_structure(folder)
-    if own is not None:
-        _check_blocks(model, own, cast(Path, folder))
-        setattr(model, STRUCTURE_ATTRIBUTE, own)
+    if folder is not None:
+        note_structure(model, folder)
     if wanted is not None:
         rebuild(model, wanted)
     return model
+
+
+def note_structure(model: nn.Module, folder: Path) -> None:
+    """Let a model know the structure of the export it came from.
+
+    Args:
+        model: of that folder, on any device.
+        folder: with or without a structure.
+
+    Raises:
+        StructureError: if the structure beside the weights is that of another model.
+    """
+    own = read_structure(folder)
+    if own is not None:
+        _check_blocks(model, own, folder)
+        setattr(model, STRUCTURE_ATTRIBUTE, own)
+
+
+def folder_of(path_or_id: str | Path) -> Path:
+    """The folder with a model's files; those of a hub id are downloaded if they are not there yet.
+
+    Args:
+        path_or_id: folder or hub id.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        ModelError: if there is no such folder, or the hub has no such model or cannot be reached.
+    """
+    folder = local_folder(path_or_id, "config.json and safetensors")
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # network, access rights and names fail in ways of their own
+        raise _not_loaded(str(path_or_id), error) from error
 
 
 def load_tokenizer(
@@ -91,7 +129,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    folder = _local(path_or_id, "tokenizer files")
+    folder = local_folder(path_or_id, "tokenizer files")
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(
             "no tokenizer in the folder",
@@ -146,8 +184,19 @@ def read_structure(path: str | Path) -> dict[str, Any] | None:
     return value
 
 
-def _local(path_or_id: str | Path, holds: str) -> Path | None:
-    """The folder, or None for a hub id."""
+def local_folder(path_or_id: str | Path, holds: str) -> Path | None:
+    """The folder of a model, if it is one.
+
+    Args:
+        path_or_id: folder or hub id.
+        holds: what a folder should hold, for the message.
+
+    Returns:
+        The folder; None for a hub id.
+
+    Raises:
+        ModelError: if it is neither.
+    """
     folder = Path(path_or_id).expanduser()
     if str(path_or_id) and folder.is_dir():
         return folder
@@ -197,12 +246,7 @@ def _from_pretrained(
             output_loading_info=True,
         )
     except Exception as error:  # strict configs and remote code raise what they like
-        raise ModelError(
-            "the model cannot be loaded",
-            given=f"{source} ({first_line(error)})",
-            allowed="a folder with config.json and safetensors, or a hub id that can be reached",
-            fix="check the name; without network, download the model first and give its folder",
-        ) from error
+        raise _not_loaded(source, error) from error
     problems = [
         f"{len(info[key])} {key.replace('_', ' ')}, e.g. {_name(sorted(info[key], key=str)[0])}"
         for key in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs")
@@ -218,7 +262,16 @@ def _from_pretrained(
     return cast("PreTrainedModel", model)
 
 
-def _check_blocks(model: PreTrainedModel, structure: Mapping[str, Any], folder: Path) -> None:
+def _not_loaded(source: str, error: Exception) -> ModelError:
+    return ModelError(
+        "the model cannot be loaded",
+        given=f"{source} ({first_line(error)})",
+        allowed="a folder with config.json and safetensors, or a hub id that can be reached",
+        fix="check the name; without network, download the model first and give its folder",
+    )
+
+
+def _check_blocks(model: nn.Module, structure: Mapping[str, Any], folder: Path) -> None:
     try:
         found = [dict(vars(block)) for block in describe(model).blocks]
     except FamilyError:  # somebody else's architecture beside a structure: nothing to compare

@@ -49,6 +49,18 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
         _check_shard(folder / name, tensors)
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The weight files of a folder that was checked.
+
+    Args:
+        folder: with a single file, or shards and their index.
+
+    Returns:
+        Paths in the order of their names.
+    """
+    return [folder / name for name in sorted(_shards(folder))]
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:

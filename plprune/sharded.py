@@ -69,6 +69,27 @@ def part(tensor: Tensor) -> Tensor:
     return local
 
 
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """Which entries of the complete tensor, counted row after row, this process holds.
+
+    Args:
+        tensor: complete, or a `DTensor` that is divided by rows as FSDP2 does it.
+
+    Returns:
+        First entry, and the one after the last.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return 0, tensor.numel()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    divided: Any = tensor
+    shape, offset = compute_local_shape_and_global_offset(
+        divided.shape, divided.device_mesh, divided.placements
+    )
+    width = divided.shape[1:].numel()
+    return offset[0] * width, (offset[0] + shape[0]) * width
+
+
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """Divide a complete tensor as a `DTensor` is divided; no communication.
 

@@ -100,6 +100,7 @@ def skeleton(
     dtype: torch.dtype | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    buffers: bool = False,
 ) -> nn.Module:
     """A causal language model on the meta device.
 
@@ -109,6 +110,8 @@ def skeleton(
         attn_implementation: as in transformers; flash attention counts as sdpa, which needs no
             package.
         trust_remote_code: allow Python code of the folder to run.
+        buffers: have buffers (tables of rotary embeddings) with their values on the CPU; no file
+            holds them.
 
     Returns:
         The model, in training mode.
@@ -116,6 +119,7 @@ def skeleton(
     Raises:
         ModelError: if transformers cannot build it.
     """
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
@@ -123,7 +127,7 @@ def skeleton(
     stated = known if isinstance(known, torch.dtype) else torch.float32
     attention = "eager" if attn_implementation == "eager" else "sdpa"
     try:
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model: nn.Module = auto.from_config(
                 config,
                 dtype=dtype or stated,
@@ -136,6 +140,8 @@ def skeleton(
             given=first_line(error),
             allowed="a config of a causal language model that transformers knows",
         ) from error
+    if buffers:
+        cast(Any, model).tie_weights()  # each parameter was made anew on its way off the CPU
     cast(Any, model).config.use_cache = False
     return model.train()
 

@@ -24,6 +24,19 @@ from plprune.surgery.lower import lower
 from plprune.surgery.rebuild import plan_for, structure_of
 from plprune.unwrap import unwrap
 
+_DENSE = "plprune_dense"
+
+
+def remember_dense(model: nn.Module, dense: Spec, physical: Spec) -> None:
+    """Note that a model was built smaller than its base, to take a checkpoint's weights.
+
+    Args:
+        model: plain Hugging Face model, already cut.
+        dense: spec of the base.
+        physical: spec of the model.
+    """
+    setattr(model, _DENSE, (dense, physical))
+
 
 class Progressive:
     """The pruning state of one model during a run."""
@@ -35,10 +48,13 @@ class Progressive:
             model: dense language model as it hangs in the user's module.
         """
         self.model = model
-        self.dense: Spec = describe(model)
-        self.physical: Spec = self.dense
+        found = describe(model)
+        dense, physical = getattr(unwrap(model), _DENSE, (found, found))
+        known = physical.blocks == found.blocks
+        self.dense: Spec = dense if known else found
+        self.physical: Spec = physical if known else found
         """The tensors as they are."""
-        self.spec: Spec = self.dense
+        self.spec: Spec = self.physical
         """The model as it computes: masked units do not count."""
         self.masks = LogicalMasks()
         self.done = 0

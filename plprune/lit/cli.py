@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -78,6 +79,14 @@ class PlpruneCLI(LightningCLI):
         path = self.config.get(self.config.get("subcommand") or "", {}).get("ckpt_path")
         if path and path not in ("best", "last", "hpc") and not path.startswith("registry"):
             require_readable(path)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Let the trainer know the checkpoint now: a model is built at the size it has there."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        path = kwargs.get("ckpt_path")
+        if path and Path(path).exists():
+            self.trainer.ckpt_path = kwargs.pop("ckpt_path")
+        return kwargs
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what the parser refuses is said in one message."""

@@ -19,7 +19,7 @@ def run(args: Sequence[str]) -> None:
     Args:
         args: command line after `evaluate`.
     """
-    from plprune.load import _local
+    from plprune.load import local_folder
     from plprune.text import source_kind
 
     given = _parser().parse_args(list(args))
@@ -28,7 +28,7 @@ def run(args: Sequence[str]) -> None:
     source_kind(given.text)
     for path in (given.model, given.dense, given.tokenizer):
         if path is not None:
-            _local(path, "a model")
+            local_folder(path, "a model")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

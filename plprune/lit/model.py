@@ -17,6 +17,7 @@ from plprune.errors import ConfigError
 from plprune.lit.carry import KEY
 from plprune.lit.guard import length_of, progressive_of, require_structure
 from plprune.lit.strategies.fsdp2 import shard
+from plprune.lit.streamed import streamed
 from plprune.load import load_hf
 from plprune.schedule import Phase, learning_rate
 
@@ -109,7 +110,10 @@ class LitCausalLM(LightningModule):
         self.configure_model()
 
     def configure_model(self) -> None:
-        """Load the base model once, on the CPU, in the configured dtype; divide it for FSDP2."""
+        """Load the base model once, in the configured dtype: on the CPU, or each process its share.
+
+        Under FSDP2 and ZeRO-3 no process holds the whole model, also while it loads.
+        """
         if self.model is None:
             self.model = self._load()
         mesh = self.device_mesh
@@ -118,12 +122,14 @@ class LitCausalLM(LightningModule):
 
     def _load(self) -> nn.Module:
         dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
-        model: Any = load_hf(
-            self.pretrained,
-            dtype=dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
-        model.set_attn_implementation(self.attn_implementation)
+        remote, attention = self.trust_remote_code, self.attn_implementation
+        model: Any = streamed(
+            self, self.pretrained, dtype=dtype, attn_implementation=attention,
+            trust_remote_code=remote,
+        )  # fmt: skip
+        if model is None:
+            model = load_hf(self.pretrained, dtype=dtype, trust_remote_code=remote)
+        model.set_attn_implementation(attention)
         model.config.use_cache = False
         if self.checkpointed:
             # transformers renamed it on the way to v6.

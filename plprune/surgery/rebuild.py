@@ -12,8 +12,9 @@ from plprune.describe import describe
 from plprune.errors import StructureError
 from plprune.plan import Keep, Plan
 from plprune.spec import Spec
-from plprune.surgery.apply import Applied, apply
+from plprune.surgery.apply import Applied, commit, kept_entries
 from plprune.surgery.lower import lower
+from plprune.surgery.state import Cuts, cut_table
 
 FORMAT = 1
 
@@ -109,8 +110,28 @@ def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> Applied:
     Raises:
         StructureError: if the structure does not fit.
     """
+    return rebuild_with_cuts(model, structure)[1]
+
+
+def rebuild_with_cuts(
+    model: nn.Module, structure: Mapping[str, Any]
+) -> tuple[Spec, Applied, dict[str, Cuts]]:
+    """The same, and how the tensors of the dense model become those of the cut one.
+
+    Args:
+        model: as in `rebuild`.
+        structure: from `structure_of`.
+
+    Returns:
+        Spec of the dense model, spec after the cut and the replaced parameters, cuts by name.
+
+    Raises:
+        StructureError: if the structure does not fit.
+    """
     spec = describe(model)
-    return apply(model, plan_for(structure, spec), spec)
+    lowered = lower(plan_for(structure, spec), spec)
+    table = cut_table(model, kept_entries(spec, lowered))
+    return spec, commit(model, spec, lowered), table
 
 
 def _valid(units: object, size: int) -> bool:

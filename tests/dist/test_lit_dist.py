@@ -55,6 +55,10 @@ def fsdp2() -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 
+def zero3() -> Any:
+    return runs.STRATEGIES["zero3"][0](2)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
@@ -62,7 +66,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", fsdp2])
+@pytest.mark.parametrize("strategy", ["ddp", fsdp2, zero3])
 @pytest.mark.parametrize("model", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointed"])
 def test_our_module_is_divided_by_itself(
     base: Path, tmp_path: Path, strategy: Any, model: dict[str, Any]

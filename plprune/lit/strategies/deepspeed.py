@@ -9,7 +9,7 @@ loss is divided once, on every device. On CUDA everything else is Lightning's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +51,42 @@ class ZeRO(DeepSpeedStrategy):
         names = {p: name for name, p in self.lightning_module.named_parameters()}
         self.group_names = [[names[p] for p in g["params"]] for g in optimizer.param_groups]
         return optimizer, config
+
+    def weights_dtype(self, asked: torch.dtype | None) -> torch.dtype | None:
+        """Number format of the working weights: the engine demands that of its precision.
+
+        Args:
+            asked: by the model's configuration.
+
+        Returns:
+            bfloat16 or float16 where the trainer's precision says so, otherwise what was asked.
+        """
+        precision = str(self.precision_plugin.precision)
+        halves = {"bf16": torch.bfloat16, "16": torch.float16}
+        return halves.get(precision.partition("-")[0], asked)
+
+    def divider(self) -> Callable[[nn.Parameter], None]:
+        """A function that divides a complete parameter in place, with the values of rank 0.
+
+        All ranks must call it in the same order; for stage 3.
+        """
+        import deepspeed
+
+        self._init_config_if_needed()
+        first: list[Any] = []
+
+        def divide(parameter: nn.Parameter) -> None:
+            if first:
+                first[0].convert_to_zero_parameters(param_list=[parameter])
+                return
+            holder = nn.Module()
+            holder.register_parameter("only", parameter)
+            deepspeed.zero.Init(
+                module=holder, remote_device=self.remote_device, config_dict_or_path=self.config
+            )
+            first.append(parameter)
+
+        return divide
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:

@@ -91,6 +91,23 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def empty_shards(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Divide a model that has no weights yet and give it memory for this process's share.
+
+    Args:
+        model: plain Hugging Face model, parameters on the meta device, buffers with their values.
+        mesh: one-dimensional.
+        device: of the shares.
+    """
+    shard(model, mesh)
+    untyped: Any = model
+    untyped._apply(
+        lambda tensor: (
+            torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        )
+    )
+
+
 def mend_saving(strategy: ModelParallelStrategy) -> None:
     """Keep a checkpoint from changing the run that writes it.
 
