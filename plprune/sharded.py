@@ -73,16 +73,22 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     """Which entries of the complete tensor, counted row after row, this process holds.
 
     Args:
-        tensor: complete, or a `DTensor` that is divided by rows as FSDP2 does it.
+        tensor: complete, a ZeRO-3 parameter, or a `DTensor` that is divided by rows, as by FSDP2.
 
     Returns:
         First entry, and the one after the last.
     """
-    if not hasattr(tensor, "full_tensor"):
+    divided: Any = tensor
+    if _is_zero(tensor):
+        import torch.distributed as dist
+
+        length = -(-divided.ds_numel // dist.get_world_size())
+        start, stop = dist.get_rank() * length, (dist.get_rank() + 1) * length
+        return min(start, divided.ds_numel), min(stop, divided.ds_numel)
+    if not is_sharded(tensor):
         return 0, tensor.numel()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    divided: Any = tensor
     shape, offset = compute_local_shape_and_global_offset(
         divided.shape, divided.device_mesh, divided.placements
     )

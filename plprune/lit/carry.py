@@ -9,6 +9,7 @@ the parts are read before the strategy's own `load_checkpoint`.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import zipfile
@@ -28,8 +29,13 @@ from plprune.dist import together
 from plprune.errors import CheckpointError
 from plprune.files import write_json
 from plprune.lit import folders
+from plprune.lit.saved import open_saved
+from plprune.lit.saved.state import GROUPS, PARTS, as_checkpoint
+from plprune.lit.strategies import adapter_for, groups_of
 
-KEY = "plprune"
+KEY = PARTS
+log = logging.getLogger(__name__)
+
 SIDECAR = ".structure.json"
 
 Save = Callable[[], dict[str, Any]]
@@ -56,6 +62,7 @@ class Carried:
     ) -> None:
         """Save as the strategy does, with the parts; called on all ranks."""
         checkpoint[KEY] = {key: save() for key, (save, _) in self.parts.items()}
+        checkpoint[KEY][GROUPS] = groups_of(_trainer(self.strategy))
         write = partial(own, checkpoint, storage_options=storage_options)
         if folders.are_written_by(self.strategy):
             folders.save(self.strategy, write, checkpoint[KEY], filepath)
@@ -67,12 +74,24 @@ class Carried:
         with together():
             if self.strategy.is_global_zero:
                 require_readable(path)
-        if self.strategy.restore_checkpoint_after_setup:
+        if not self.strategy.restore_checkpoint_after_setup:
+            return own(path, *args, **kwargs)
+        with together():
             saved = folders.parts_of(path, KEY)
-            self.restore(saved)
-            self.require_claimed(saved)
-            self.loaded = True
-        return own(path, *args, **kwargs)
+        self.restore(saved)
+        self.require_claimed(saved)
+        self.loaded = True
+        trainer = _trainer(self.strategy)
+        adapter = adapter_for(self.strategy)
+        with together():
+            fits = adapter.fits(trainer, Path(path))
+        if fits:
+            return own(path, *args, **kwargs)
+        log.info("%s was written by another strategy or number of processes", path)
+        with together():
+            state = open_saved(Path(path))
+        adapter.fill(trainer, state)
+        return state.rest
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Hand every part what a checkpoint holds of it."""
@@ -116,12 +135,7 @@ class CarryIO(_WrappingCheckpointIO):
         """Load through the wrapped IO, with a message for a file that is damaged or missing."""
         require_readable(path)
         if Path(str(path)).is_dir():
-            raise CheckpointError(
-                "the checkpoint is a folder, of a strategy that divides the weights",
-                given=str(path),
-                allowed="a single file, as strategies with whole weights save it",
-                fix="resume with the strategy that saved it",
-            )
+            return as_checkpoint(open_saved(Path(str(path))))
         try:
             return self.inner.load_checkpoint(path, *args, **kwargs)
         except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
@@ -166,6 +180,11 @@ def _carried(strategy: Strategy) -> Carried:
     own.load_checkpoint = partial(made.load, strategy.load_checkpoint)
     own._plprune_carried = made
     return made
+
+
+def _trainer(strategy: Strategy) -> Trainer:
+    assert strategy.lightning_module is not None, "attached"
+    return strategy.lightning_module.trainer
 
 
 def release(module: LightningModule) -> None:

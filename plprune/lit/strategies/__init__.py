@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -15,6 +18,22 @@ from plprune.lit.strategies.deepspeed import ZeRO
 from plprune.lit.strategies.fsdp2 import FSDP2
 from plprune.lit.strategies.plain import DDP, SingleDevice
 from plprune.lit.strategies.zero import ZeROAdapter
+
+
+def groups_of(trainer: Trainer) -> list[dict[str, Any]]:
+    """What a checkpoint says about the optimizer; see `Adapter.groups`.
+
+    Args:
+        trainer: with its optimizers.
+
+    Returns:
+        Groups; empty for a strategy without adapter.
+    """
+    try:
+        adapter = adapter_for(trainer.strategy)
+    except ConfigError:
+        return []
+    return adapter.groups(trainer)
 
 
 def adapter_for(strategy: Strategy) -> Adapter:

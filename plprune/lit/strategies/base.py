@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from plprune.errors import PlanError
+from plprune.lit.saved.state import SavedState
+from plprune.lit.strategies.filling import described
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, commit
 from plprune.surgery.state import slice_optimizer
@@ -51,6 +54,47 @@ class Adapter(ABC):
             Optimizers without the strategy's wrappers.
         """
         return list(trainer.strategy.optimizers)
+
+    def groups(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """What a checkpoint must say about the optimizer to be loaded by another strategy.
+
+        Args:
+            trainer: with its optimizers.
+
+        Returns:
+            For every group the names of its parameters in the LightningModule, and its
+            hyperparameters; empty without exactly one optimizer.
+        """
+        optimizers = self.optimizers(trainer)
+        if len(optimizers) != 1:
+            return []
+        names = {p: name for name, p in trainer.lightning_module.named_parameters()}
+        return [
+            described(group, [names[p] for p in group["params"]])
+            for group in optimizers[0].param_groups
+        ]
+
+    def fits(self, trainer: Trainer, path: Path) -> bool:
+        """Whether the strategy can load a checkpoint itself, with optimizer state.
+
+        Args:
+            trainer: with its strategy set up.
+            path: file or folder.
+        """
+        del trainer
+        return path.is_file()
+
+    def fill(self, trainer: Trainer, saved: SavedState) -> None:
+        """Take weights and optimizer state from a checkpoint that another strategy wrote.
+
+        Args:
+            trainer: with optimizers if it fits; the model has the structure of the checkpoint.
+            saved: the checkpoint.
+
+        Raises:
+            CheckpointError: if it does not belong to this model.
+        """
+        raise NotImplementedError("for strategies that load a checkpoint after their set-up")
 
     def signature(self, trainer: Trainer) -> list[Any]:
         """What a cut must not change in the optimizers.

@@ -24,7 +24,7 @@ class ZeRO(DeepSpeedStrategy):
 
     strategy_name = "zero"
     group_names: list[list[str]]
-    """Names in the LightningModule of the parameters of every optimizer group."""
+    """Names in the LightningModule of the parameters of every optimizer group that has some."""
     _reused: tuple[Any, Any] | None = None
 
     @contextlib.contextmanager
@@ -49,7 +49,8 @@ class ZeRO(DeepSpeedStrategy):
         optimizer, config = super()._init_optimizers()
         assert self.lightning_module is not None, "attached"
         names = {p: name for name, p in self.lightning_module.named_parameters()}
-        self.group_names = [[names[p] for p in g["params"]] for g in optimizer.param_groups]
+        groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        self.group_names = [group for group in groups if group]  # as the engine drops empty ones
         return optimizer, config
 
     def weights_dtype(self, asked: torch.dtype | None) -> torch.dtype | None:

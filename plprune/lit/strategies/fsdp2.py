@@ -1,17 +1,10 @@
-"""FSDP2: the parameters a cut replaced take the places of the old ones in FSDP's groups.
-
-`fully_shard` keeps an entry per parameter that knows its shape and puts the parameter back into its
-module before and after every pass: one that is merely replaced in the module is thrown out again,
-silently. So each entry whose parameter changed is made anew, and nothing else of the wrapper is
-touched: modules, hooks, meshes and policies stay. One complete tensor is alive at a time.
-
-Leans on private names of torch (`_fsdp_param_groups`, `FSDPParam`); `require` checks them.
-"""
+"""FSDP2: weights, gradients and optimizer state divided by `fully_shard`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -20,8 +13,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from plprune.dist import together
 from plprune.errors import ConfigError
+from plprune.lit.saved.state import SavedState
 from plprune.lit.strategies.base import Adapter, cut_in_place
+from plprune.lit.strategies.filling import fill_part, require_same_groups, require_same_tensors
+from plprune.lit.strategies.fsdp2_groups import adopt, reshard
+from plprune.sharded import part, state_of
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied
 from plprune.unwrap import family_of
@@ -66,6 +64,23 @@ class FSDP2(Adapter):
         adopt(trainer.lightning_module)
         return applied
 
+    def fits(self, trainer: Trainer, path: Path) -> bool:
+        """Folders of FSDP2, whatever the number of processes; see `Adapter.fits`."""
+        del trainer
+        return (path / ".metadata").is_file()
+
+    def fill(self, trainer: Trainer, saved: SavedState) -> None:
+        """Every process reads its rows; see `Adapter.fill`."""
+        root = trainer.lightning_module
+        self.rest(trainer)
+        with together():
+            require_same_tensors(root, saved)
+            with torch.no_grad():
+                for name, tensor in state_of(root).items():
+                    fill_part(part(tensor), tensor, saved, name)
+            for optimizer in self.optimizers(trainer) if trainer.training else ():
+                _fill_state(optimizer, dict(root.named_parameters()), saved)
+
     def rest(self, trainer: Trainer) -> None:
         """Free what FSDP keeps complete between passes: changes to that would be lost."""
         reshard(trainer.lightning_module)
@@ -74,6 +89,20 @@ class FSDP2(Adapter):
         """Shard what is new, forget what is gone; see `Adapter.rewrap`."""
         self.rest(trainer)
         adopt(trainer.lightning_module)
+
+
+def _fill_state(optimizer: Any, named: Mapping[str, nn.Parameter], saved: SavedState) -> None:
+    require_same_groups(len(optimizer.param_groups), saved)
+    for group, there in zip(optimizer.param_groups, saved.groups, strict=True):
+        group.update({key: value for key, value in there.items() if key != "names"})
+        for name in there["names"]:
+            parameter = named[name]
+            state: dict[str, Any] = saved.numbers(name)
+            for key in saved.keys.get(name, ()):
+                state[key] = torch.zeros_like(parameter)
+                fill_part(part(state[key]), parameter, saved, name, key)
+            if state:
+                optimizer.state[parameter] = state
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -133,132 +162,6 @@ def mend_saving(strategy: ModelParallelStrategy) -> None:
         return saved
 
     strategy.optimizer_state = optimizer_state  # type: ignore[method-assign]
-
-
-def reshard(root: nn.Module) -> None:
-    """Free complete parameters that FSDP keeps between passes.
-
-    Args:
-        root: any module with FSDP modules in it.
-    """
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def adopt(root: nn.Module) -> None:
-    """Make FSDP's groups manage exactly the parameters that the modules have now.
-
-    Args:
-        root: any module with FSDP modules in it, resharded. Parameters that are new may be sharded
-            already, or complete; then those of rank 0 count.
-    """
-    present = set(root.modules())
-    owner = dict(_owners(root))
-    known: set[nn.Parameter] = set()
-    for module in root.modules():
-        for group in _groups(module):
-            group.fsdp_params = [
-                entry
-                for entry in (_renewed(group, old, present) for old in group.fsdp_params)
-                if entry is not None
-            ]
-            known |= {entry.sharded_param for entry in group.fsdp_params}
-    for module in list(root.modules()):
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter not in known and module in owner:
-                group = _groups(cast(nn.Module, owner[module]))[0]
-                group.fsdp_params.append(_entry(group, parameter.detach(), module, name, parameter))
-                known.add(group.fsdp_params[-1].sharded_param)
-    for module in root.modules():
-        for group in _groups(module):
-            _refresh(group)
-
-
-def _groups(module: nn.Module) -> list[Any]:
-    if not isinstance(module, FSDPModule):
-        return []
-    state: Any = module._get_fsdp_state()
-    return list(state._fsdp_param_groups) if state._modules[0] is module else []
-
-
-def _owners(root: nn.Module) -> Iterator[tuple[nn.Module, FSDPModule]]:
-    """Every module below an FSDP module, with the nearest one."""
-
-    def walk(module: nn.Module, nearest: FSDPModule | None) -> Iterator[Any]:
-        nearest = module if isinstance(module, FSDPModule) else nearest
-        if nearest is not None:
-            yield module, nearest
-        for child in module.children():
-            yield from walk(child, nearest)
-
-    return walk(root, None)
-
-
-def _renewed(group: Any, old: Any, present: set[nn.Module]) -> Any:
-    """The entry itself, another for a parameter that changed, or None for one that is gone."""
-    info = old._module_info
-    current = info.module._parameters.get(info.param_name) if info.module in present else None
-    if current is old.sharded_param:
-        if hasattr(old, "_unsharded_param"):  # made once; it would go on asking for gradients
-            old._unsharded_param.requires_grad_(current.requires_grad)
-        return old
-    old._post_load_hook_handle.remove()
-    if current is None:
-        return None
-    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-
-    # Made for the new shape without data; then it gets the parameter that surgery made.
-    shape = torch.empty(current.shape, dtype=current.dtype, device="meta")
-    place = old.fsdp_placement
-    entry: Any = FSDPParam(
-        nn.Parameter(shape, requires_grad=current.requires_grad),
-        info,
-        group.mesh_info,
-        group.post_forward_mesh_info,
-        group.device,
-        lambda _: place,
-        group.mp_policy,
-        group.offload_policy,
-    )
-    entry.sharded_param = current
-    entry._setattr_on_modules(current)
-    entry.reset_sharded_param()
-    entry._param_fqn = old._param_fqn
-    return entry
-
-
-def _entry(
-    group: Any, full: torch.Tensor, module: nn.Module, name: str, parameter: nn.Parameter
-) -> Any:
-    """An entry for a complete parameter that no group knows yet; all get that of rank 0."""
-    full = full.to(group.device).contiguous()
-    torch.distributed.broadcast(full, 0)
-    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
-
-    return FSDPParam(
-        nn.Parameter(full, requires_grad=parameter.requires_grad),
-        ParamModuleInfo(module, name),
-        group.mesh_info,
-        group.post_forward_mesh_info,
-        group.device,
-        None,
-        group.mp_policy,
-        group.offload_policy,
-    )
-
-
-def _refresh(group: Any) -> None:
-    """Number formats and state-dict hooks follow the parameters of the group."""
-    group._init_mp_dtypes()
-    saving = group._module_to_pre_save_state_dict_hook_handle
-    loading = group._module_to_pre_load_state_dict_hook_handle
-    if saving:
-        for handle in (*saving.values(), *loading.values()):
-            handle.remove()
-        saving.clear()
-        loading.clear()
-        group._register_state_dict_hooks()
 
 
 def _require_known_torch() -> None:

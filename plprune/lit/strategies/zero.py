@@ -7,8 +7,9 @@ rank holds more than its share; afterwards its keeper sends it round and each ra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,17 +17,36 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from plprune.dist import together
 from plprune.errors import ConfigError, PlanError
+from plprune.lit.saved import zero as zero_folder
+from plprune.lit.saved.state import SavedState
 from plprune.lit.strategies.base import Adapter
 from plprune.lit.strategies.engine import teardown
-from plprune.sharded import zero_part
+from plprune.lit.strategies.filling import (
+    described,
+    fill_part,
+    require_same_groups,
+    require_same_tensors,
+)
+from plprune.lit.strategies.zero_state import (
+    MASTER,
+    complete,
+    is_stage_3,
+    known,
+    link_all,
+    make_state,
+    put,
+    put_part,
+    trained,
+)
+from plprune.sharded import part, state_of
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, commit, kept_entries
 from plprune.surgery.state import Cuts, cut, cut_table
 from plprune.unwrap import unwrap
 
 _COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")
-_MASTER = "master"
 
 
 @dataclass
@@ -54,6 +74,31 @@ class ZeROAdapter(Adapter):
         """The torch optimizer inside ZeRO's; its tensors are flat parts of many parameters."""
         return [zero.optimizer for zero in cast("list[Any]", trainer.strategy.optimizers)]
 
+    def groups(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """See `Adapter.groups`; what the torch optimizer holds has no names any more."""
+        strategy: Any = trainer.strategy
+        if not strategy.optimizers:
+            return []
+        groups = strategy.optimizers[0].param_groups
+        return [described(g, n) for g, n in zip(groups, strategy.group_names, strict=True)]
+
+    def fits(self, trainer: Trainer, path: Path) -> bool:
+        """Folders of the same stage from as many processes; see `Adapter.fits`."""
+        strategy: Any = trainer.strategy
+        stage = strategy.config["zero_optimization"]["stage"]
+        return zero_folder.is_one(path) and zero_folder.fits(path, stage, trainer.world_size)
+
+    def fill(self, trainer: Trainer, saved: SavedState) -> None:
+        """Every process reads what it keeps; see `Adapter.fill`."""
+        root = trainer.lightning_module
+        with together():
+            require_same_tensors(root, saved)
+            with torch.no_grad():
+                for name, tensor in state_of(root).items():
+                    fill_part(part(tensor), tensor, saved, name)
+            if trainer.training:
+                _fill_state(trainer.strategy, root, saved)
+
     def signature(self, trainer: Trainer) -> list[Any]:
         """Learning rates; how many flat tensors there are depends on sizes."""
         return [
@@ -63,8 +108,8 @@ class ZeROAdapter(Adapter):
 
     def assert_consistent(self, trainer: Trainer) -> None:
         """Every trainable parameter, with its present shape, is known to the engine."""
-        known = _known(trainer.strategy.optimizers[0])
-        wrong = [name for name, p in _trained(trainer.lightning_module) if p not in known]
+        there = known(trainer.strategy.optimizers[0])
+        wrong = [name for name, p in trained(trainer.lightning_module) if p not in there]
         if wrong:
             raise PlanError(
                 "the engine does not know the parameters it should train",
@@ -148,6 +193,28 @@ def rebuild(
     _put_back(strategy, root, saved)
 
 
+def _fill_state(strategy: Any, root: nn.Module, saved: SavedState) -> None:
+    engine, zero = strategy.model, strategy.model.optimizer
+    engine.global_steps = int(saved.rest.get("global_step", 0))
+    require_same_groups(len(zero.param_groups), saved)
+    for group, there in zip(zero.param_groups, saved.groups, strict=True):
+        group.update({key: value for key, value in there.items() if key != "names"})
+    named = list(trained(root))
+    keys = saved.keys.get(named[0][0], ()) if named else ()
+    if keys:
+        make_state(zero, keys, saved.numbers(named[0][0]))
+    for name, parameter in named:
+        for key in (MASTER, *keys):
+            source = None if key == MASTER else key
+            if is_stage_3(zero):
+                mine = torch.empty_like(part(parameter), dtype=torch.float32)
+                fill_part(mine, parameter, saved, name, source)
+                put_part(parameter, key, mine)
+            else:
+                full = saved.tensor(name, source).to(strategy.root_device, torch.float32)
+                put(parameter, key, full)
+
+
 def _own_again(optimizer: Any, root: nn.Module, names: list[list[str]]) -> None:
     """Put the module's parameters back into a torch optimizer whose tensors ZeRO had replaced."""
     named = dict(root.named_parameters())
@@ -163,12 +230,12 @@ def _taken_out(strategy: Any, root: nn.Module, cuts: Mapping[str, Cuts], *, rese
     )
     if not reset:
         _note_state(zero, saved)
-    rank, world, known = dist.get_rank(), dist.get_world_size(), _known(zero)
-    there = [(name, p) for name, p in _trained(root) if p in known]
-    for number, (name, parameter) in enumerate(there):
+    rank, world, there = dist.get_rank(), dist.get_world_size(), known(zero)
+    kept = [(name, p) for name, p in trained(root) if p in there]
+    for number, (name, parameter) in enumerate(kept):
         saved.owner[name] = number % world
-        for key in (_MASTER, *saved.keys):
-            smaller = cut(_complete(parameter, key), cuts.get(name, ()))
+        for key in (MASTER, *saved.keys):
+            smaller = cut(complete(parameter, key), cuts.get(name, ()))
             saved.shapes[name] = smaller.shape
             if saved.owner[name] == rank:
                 saved.tensors[name, key] = smaller.clone()
@@ -176,10 +243,7 @@ def _taken_out(strategy: Any, root: nn.Module, cuts: Mapping[str, Cuts], *, rese
 
 
 def _note_state(zero: Any, saved: Saved) -> None:
-    if not _is_stage_3(zero) and zero.optimizer.state:
-        # Only the first group is linked to its state by itself.
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+    link_all(zero)
     for flat, state in zero.optimizer.state.items():
         same = {k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
         saved.keys = tuple(sorted(same))
@@ -197,85 +261,28 @@ def _put_back(strategy: Any, root: nn.Module, saved: Saved) -> None:
         setattr(engine, name, value)
     # One step count serves all tensors of a flat one: those that are new do not start at 0 beside
     # others that go on. Alone they do.
-    if saved.keys and any(name in saved.owner for name, _ in _trained(root)):
-        _make_state(zero, saved)
+    if saved.keys and any(name in saved.owner for name, _ in trained(root)):
+        make_state(zero, saved.keys, saved.scalars)
     device = strategy.root_device
-    for name, parameter in _trained(root):
+    for name, parameter in trained(root):
         if name not in saved.owner:
             continue  # trainable only now
-        for key in (_MASTER, *saved.keys):
+        for key in (MASTER, *saved.keys):
             full = saved.tensors.pop((name, key), None)
             if full is None:
                 full = torch.empty(saved.shapes[name], dtype=torch.float32, device=device)
             full = full.to(device)
             dist.broadcast(full, saved.owner[name])
-            _set(parameter, key, full)
-
-
-def _make_state(zero: Any, saved: Saved) -> None:
-    """ZeRO makes optimizer state at the first step; here it must be there to be filled."""
-    stage_3 = _is_stage_3(zero)
-    flats = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
-    for flat in flats:
-        scalars = {k: v.clone() if torch.is_tensor(v) else v for k, v in saved.scalars.items()}
-        zero.optimizer.state[flat] = {
-            **scalars,
-            **{key: torch.zeros_like(flat) for key in saved.keys},
-        }
-    if not stage_3:
-        zero._lazy_init_hp_params_optimizer_state()
-
-
-def _complete(parameter: nn.Parameter, key: str) -> Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if key == _MASTER:
-        return cast(Tensor, safe_get_full_fp32_param(parameter))
-    return cast(Tensor, safe_get_full_optimizer_state(parameter, key))
-
-
-def _set(parameter: nn.Parameter, key: str, full: Tensor) -> None:
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    if hasattr(parameter, "ds_tensor"):
-        # The setters of complete tensors fail where the parts are not of equal length.
-        mine = zero_part(full)
-        if key == _MASTER:
-            safe_set_local_fp32_param(parameter, mine)
-        else:
-            safe_set_local_optimizer_state(parameter, mine, key)
-    elif key == _MASTER:
-        safe_set_full_fp32_param(parameter, full)
-    else:
-        safe_set_full_optimizer_state(parameter, full, key)
+            put(parameter, key, full)
 
 
 def _leave_flat_buffers(strategy: Any, root: nn.Module, cuts: Mapping[str, Cuts]) -> None:
     """Stages 1 and 2: parameters are views of buffers that must go with the engine."""
-    if _is_stage_3(strategy.model.optimizer):
+    if is_stage_3(strategy.model.optimizer):
         return
     for name, parameter in root.named_parameters():
         if name not in cuts:
             parameter.data = parameter.data.clone()
-
-
-def _trained(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in root.named_parameters() if p.requires_grad)
-
-
-def _known(zero: Any) -> set[nn.Parameter]:
-    """Parameters an engine trains."""
-    groups = zero.fp16_groups if _is_stage_3(zero) else zero.bit16_groups
-    return {parameter for group in groups for parameter in group}
-
-
-def _is_stage_3(zero: Any) -> bool:
-    return hasattr(zero, "fp32_partitioned_groups_flat")
 
 
 def _prefix(root: nn.Module, model: nn.Module) -> str:

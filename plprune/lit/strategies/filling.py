@@ -1,0 +1,77 @@
+"""Checks and reading that all strategies share when they take over another one's checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from plprune.errors import CheckpointError
+from plprune.lit.saved.state import SavedState
+from plprune.sharded import extent, full_shape, state_of
+
+
+def described(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """An optimizer group as plain values: names instead of tensors."""
+    return {**{key: value for key, value in group.items() if key != "params"}, "names": names}
+
+
+def require_same_tensors(module: nn.Module, saved: SavedState) -> None:
+    """Refuse a checkpoint that lacks tensors of a model, or has others.
+
+    Args:
+        module: the LightningModule, at the size of the checkpoint.
+        saved: the checkpoint.
+
+    Raises:
+        CheckpointError: naming the first tensor.
+    """
+    asked = {n: tuple(full_shape(t)) for n, t in state_of(module).items()}
+    name = next((n for n in asked if saved.shapes.get(n) != asked[n]), None)
+    name = name or next((n for n in saved.shapes if n not in asked), None)
+    if name is not None:
+        raise CheckpointError(
+            "the checkpoint does not fit the model",
+            given=f"{name} {saved.shapes.get(name, 'missing')} in {saved.where}",
+            allowed=str(asked.get(name, "no such tensor")),
+            fix="resume with the config of the run",
+        )
+
+
+def fill_part(
+    mine: Tensor, like: Tensor, saved: SavedState, name: str, key: str | None = None
+) -> None:
+    """Read this process's part of a saved tensor.
+
+    Args:
+        mine: takes the entries, flat or not; what it has beyond them becomes zero.
+        like: the complete tensor or a divided one, to know which entries these are.
+        saved: the checkpoint.
+        name: of the parameter.
+        key: of the optimizer's state; None: the weight.
+    """
+    start, stop = extent(like)
+    flat = mine.view(-1)
+    if stop > start:
+        flat[: stop - start].copy_(saved.read(name, key, start, stop))
+    flat[stop - start :].zero_()
+
+
+def require_same_groups(count: int, saved: SavedState) -> None:
+    """Refuse optimizer state of another set of groups.
+
+    Args:
+        count: of the optimizer's groups.
+        saved: the checkpoint.
+
+    Raises:
+        CheckpointError: if it has another number.
+    """
+    if count != len(saved.groups):
+        raise CheckpointError(
+            "the optimizer has other groups than that of the checkpoint",
+            given=f"{count} groups",
+            allowed=f"{len(saved.groups)}, as in {saved.where}",
+            fix="resume with the optimizer of the run",
+        )

@@ -1,0 +1,91 @@
+"""Masters and moments inside DeepSpeed's ZeRO optimizers, by the parameter they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from plprune.sharded import zero_part
+
+MASTER = "master"
+"""Stands for the precise copy of the weights where a key of the optimizer's state is meant."""
+
+
+def is_stage_3(zero: Any) -> bool:
+    """True for the ZeRO optimizer of stage 3."""
+    return hasattr(zero, "fp32_partitioned_groups_flat")
+
+
+def trained(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trainable parameters by name."""
+    return ((name, p) for name, p in root.named_parameters() if p.requires_grad)
+
+
+def known(zero: Any) -> set[nn.Parameter]:
+    """Parameters an engine trains."""
+    groups = zero.fp16_groups if is_stage_3(zero) else zero.bit16_groups
+    return {parameter for group in groups for parameter in group}
+
+
+def link_all(zero: Any) -> None:
+    """Let parameters of stages 1 and 2 know their state: ZeRO links only its first group."""
+    if not is_stage_3(zero) and zero.optimizer.state:
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def make_state(zero: Any, keys: Iterable[str], scalars: Mapping[str, Any]) -> None:
+    """Make optimizer state, to be filled; ZeRO itself makes it at the first step.
+
+    Args:
+        zero: of any stage, its optimizer without state.
+        keys: names of tensors of the parameters' shapes.
+        scalars: what is one number a tensor, such as the step.
+    """
+    stage_3 = is_stage_3(zero)
+    flats = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
+    for flat in flats:
+        own = {k: v.clone() if torch.is_tensor(v) else v for k, v in scalars.items()}
+        zero.optimizer.state[flat] = {**own, **{key: torch.zeros_like(flat) for key in keys}}
+    link_all(zero)
+
+
+def complete(parameter: nn.Parameter, key: str) -> Tensor:
+    """A master or moment, put together; collective on all ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if key == MASTER:
+        return cast(Tensor, safe_get_full_fp32_param(parameter))
+    return cast(Tensor, safe_get_full_optimizer_state(parameter, key))
+
+
+def put(parameter: nn.Parameter, key: str, full: Tensor) -> None:
+    """Set a master or moment.
+
+    Args:
+        parameter: trained.
+        key: `MASTER` or of the optimizer's state.
+        full: complete values, equal on all ranks.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if hasattr(parameter, "ds_tensor"):
+        # The setters of complete tensors fail where the parts are not of equal length.
+        put_part(parameter, key, zero_part(full))
+    elif key == MASTER:
+        safe_set_full_fp32_param(parameter, full)
+    else:
+        safe_set_full_optimizer_state(parameter, full, key)
+
+
+def put_part(parameter: nn.Parameter, key: str, mine: Tensor) -> None:
+    """The same under stage 3, for this rank's part: flat, zeros at the end."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    if key == MASTER:
+        safe_set_local_fp32_param(parameter, mine)
+    else:
+        safe_set_local_optimizer_state(parameter, mine, key)
