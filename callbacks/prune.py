@@ -16,7 +16,7 @@ from plprune.count import count_params
 from plprune.cuts import Cut
 from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
-from plprune.lit import carry, guard, progress
+from plprune.lit import carry, guard, lost, progress
 from plprune.lit.recipe import recipe_of, warn_changed
 from plprune.lit.recut import commit_masked, late_cut, require_cuttable
 from plprune.lit.strategies import adapter_for
@@ -279,8 +279,10 @@ class Prune(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no hook behind; Lightning calls no `teardown` then."""
+        """Leave no hook behind (Lightning calls no `teardown` then); say if a process is lost."""
         self.teardown(trainer, pl_module, "fit")
+        if (found := lost.said(exception)) is not None:
+            log.error(found)
 
     def _save(self) -> dict[str, Any]:
         pruned = {} if self.progressive is None else self.progressive.state()

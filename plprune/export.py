@@ -6,7 +6,7 @@ import contextlib
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +44,8 @@ class Extras(TypedDict, total=False):
     """Bound for one weight file, default 5e9."""
     dtype: torch.dtype | None
     """Number format of the weights; each tensor's own by default."""
+    read: Callable[[str], Tensor] | None
+    """Where the tensors of a model on the meta device are: complete ones by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class _Chosen:
     report_files: Mapping[str, Path] = field(default_factory=dict)
     max_shard_bytes: float = 5e9
     dtype: torch.dtype | None = None
+    read: Callable[[str], Tensor] | None = None
 
 
 def save_hf(
@@ -103,13 +106,14 @@ def save_hf(
         with dist.together() if shared else contextlib.nullcontext():
             work = stack.enter_context(staging)
         with dist.together() if shared else contextlib.nullcontext():
-            tensors = tensors_of(plain, dtype=chosen.dtype)
+            tensors = tensors_of(plain, dtype=chosen.dtype, elsewhere=chosen.read is not None)
             target = target_for(plain, spec, tensors, mode=mode, tied=is_tied(plain))
             info = replace(card or CardInfo(), name=(card and card.name) or target_dir.name)
             if work is not None:
                 _fill(work, plain, structure, target, tensors, info, chosen)
         # Last, because it takes longest: whatever can fail quickly has failed by now.
-        write_shards(work, tensors, target.zeros, chosen.dtype, chosen.max_shard_bytes)
+        limit = chosen.max_shard_bytes
+        write_shards(work, tensors, target.zeros, chosen.dtype, limit, read=chosen.read)
     return target_dir
 
 

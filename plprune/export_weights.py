@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,15 @@ def is_tied(model: nn.Module) -> bool:
     return head.weight is embed.weight
 
 
-def tensors_of(model: nn.Module, *, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def tensors_of(
+    model: nn.Module, *, dtype: torch.dtype | None, elsewhere: bool = False
+) -> dict[str, Tensor]:
     """Every tensor to be written, checked; a tied output head appears once, as the embedding.
 
     Args:
         model: plain Hugging Face model.
         dtype: number format of floating-point tensors in the files; `None` keeps each tensor's own.
+        elsewhere: the weights of a model on the meta device are looked at when they are read.
 
     Returns:
         Tensors by name, not copied and not converted yet.
@@ -63,7 +66,8 @@ def tensors_of(model: nn.Module, *, dtype: torch.dtype | None) -> dict[str, Tens
     skipped = f"{family_of(model).head}.weight" if is_tied(model) else ""
     tensors = {name: t for name, t in state_of(model).items() if name != skipped}
     for name, tensor in tensors.items():
-        _check(name, tensor, dtype)
+        if not (elsewhere and tensor.is_meta and tensor.numel()):
+            _check(name, tensor, dtype)
     return tensors
 
 
@@ -135,6 +139,8 @@ def write_shards(
     zeros: Shapes,
     dtype: torch.dtype | None,
     max_shard_bytes: float,
+    *,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write safetensors files, one in memory at a time, and their index when there are several.
 
@@ -144,6 +150,10 @@ def write_shards(
         zeros: biases to add, all zero.
         dtype: number format of floating-point tensors, `None` for their own.
         max_shard_bytes: bound for one file; a larger single tensor gets a file of its own.
+        read: complete tensors by name, of those on the meta device.
+
+    Raises:
+        ExportError: for tensors read now whose numbers are not finite.
     """
     fill = {n: torch.zeros(shape, dtype=dtype_of(tensors, dtype)) for n, shape in zeros.items()}
     everything = dict(tensors) | fill
@@ -155,7 +165,8 @@ def write_shards(
             WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         )
         # A fresh copy: safetensors refuses tensors that share memory, and views of larger storages.
-        shard = _gathered(everything, names, dtype, keep=directory is not None)
+        group = {name: everything[name] for name in names}
+        shard = _gathered(group, dtype, keep=directory is not None, read=read)
         with together() if shared else contextlib.nullcontext():
             if directory is not None:
                 _save(shard, directory / file)
@@ -178,12 +189,20 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _gathered(
-    tensors: Mapping[str, Tensor], names: Iterable[str], dtype: torch.dtype | None, *, keep: bool
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    *,
+    keep: bool,
+    read: Callable[[str], Tensor] | None,
 ) -> dict[str, Tensor]:
     """Copies on the CPU, put together one tensor at a time; empty on ranks that keep none."""
     shard = {}
-    for name in names:
-        complete = whole(tensors[name]).detach()
+    for name, tensor in tensors.items():
+        if tensor.is_meta and read is not None:
+            complete = read(name).detach().to(tensor.dtype)
+            _check(name, complete, dtype)
+        else:
+            complete = whole(tensor).detach()
         if keep:
             shard[name] = _cast(complete, dtype).to("cpu", copy=True).contiguous()
     return shard

@@ -7,7 +7,8 @@ in the user's module; surgery cuts factors together with their linears.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -170,17 +171,44 @@ def merge(injected: Injected) -> None:
     for name, module in layers:
         factors = (p for n, p in module.named_parameters() if is_adapter_parameter(n))
         if not all(bool(torch.isfinite(whole(factor).detach()).all()) for factor in factors):
-            raise ExportError(
-                "cannot merge adapters",
-                given=f"NaN or infinity in {name}",
-                allowed="finite factors",
-            )
+            raise _not_finite(name)
     for _, module in layers:
         with _complete(module):
             cast(Any, module).merge()
     injected.tuner.unload()
     for name, parameter in injected.model.named_parameters():
         parameter.requires_grad_(name in injected.trained)
+
+
+def merged(layer: nn.Module, read: Callable[[str], Tensor]) -> nn.Module:
+    """The linear that one adapted layer becomes, from weights that are elsewhere.
+
+    Args:
+        layer: of peft, on the meta device; not changed.
+        read: a tensor by its name in the layer.
+
+    Returns:
+        The linear, with the adapters folded in.
+
+    Raises:
+        ExportError: if a factor is not finite.
+    """
+    real: Any = copy.deepcopy(layer)
+    for name, empty in list(real.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        tensor = read(name).to(empty.dtype)
+        if is_adapter_parameter(name) and not bool(torch.isfinite(tensor).all()):
+            raise _not_finite(name)
+        filled = nn.Parameter(tensor, requires_grad=False)
+        real.get_submodule(owner)._parameters[leaf] = filled
+    real.merge()
+    return cast(nn.Module, real.get_base_layer())
+
+
+def _not_finite(name: str) -> ExportError:
+    return ExportError(
+        "cannot merge adapters", given=f"NaN or infinity in {name}", allowed="finite factors"
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ here. No process ever holds more than its share and one tensor.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from plprune.load import STRUCTURE_ATTRIBUTE, local_folder, read_structure
 from plprune.load_check import files_of
 from plprune.sharded import extent, full_shape, part
 from plprune.surgery.state import Cuts
@@ -170,3 +172,26 @@ def fill(tensor: Tensor, stored: Stored) -> None:
     mine = part(tensor).detach()
     if stop > start:
         mine.copy_(stored.flat(start, stop).reshape(mine.shape))
+
+
+def as_loaded(model: Any, pretrained: str) -> None:
+    """Give a model that was built from its config what `from_pretrained` sets besides weights.
+
+    Args:
+        model: plain Hugging Face model, at the size of its files or cut.
+        pretrained: folder or hub id it was built from.
+
+    Raises:
+        StructureError: if there is a structure beside the weights that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    folder = local_folder(pretrained, "config.json")
+    own = None if folder is None else read_structure(folder)
+    if own is not None:
+        setattr(model, STRUCTURE_ATTRIBUTE, own)
+    with contextlib.suppress(OSError):  # few models have none
+        model.generation_config = GenerationConfig.from_pretrained(
+            pretrained, local_files_only=True
+        )
+    model.config._name_or_path = model.name_or_path = str(pretrained)

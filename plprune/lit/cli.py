@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from plprune import dist
 from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
 from plprune.errors import ConfigError, PlpruneError
-from plprune.lit import logs
+from plprune.lit import logs, lost
 from plprune.lit.carry import require_readable
 from plprune.lit.data import LitTokens
 from plprune.lit.messages import is_first_process, is_refused_value, known_keys, ours, readable
@@ -160,6 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # goes wrong later may have happened to this one alone.
         if is_first_process() or dist.world_size() > 1:
             sys.stderr.write(f"plprune: {found}\n")
+        return 2
+    except RuntimeError as error:
+        found = lost.said(error)
+        if found is None:
+            raise
+        sys.stderr.write(f"plprune: {found}\n")  # each process for itself: none can ask the others
         return 2
     return 0
 

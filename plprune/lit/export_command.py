@@ -1,4 +1,4 @@
-"""`plprune export`: a single-file Lightning checkpoint of plprune as a Hugging Face folder."""
+"""`plprune export`: a Lightning checkpoint of plprune as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from plprune.callbacks.export import require_writable
-from plprune.errors import CheckpointError, ConfigError
-from plprune.lit.carry import KEY, require_readable
+from plprune.errors import ConfigError
+from plprune.lit.carry import require_readable
 from plprune.lit.messages import Parser
 from plprune.lit.restored import Restored, restore
 from plprune.lit.run_config import PART
+from plprune.lit.saved import SavedState, open_saved
 from plprune.load import STRUCTURE_FILE
 
 
 def run(args: Sequence[str]) -> None:
-    """Check everything that can be checked quickly, then load, merge, cut and write.
+    """Check everything that can be checked quickly, then read, merge, cut and write.
 
     Args:
         args: command line after `export`.
@@ -25,59 +26,21 @@ def run(args: Sequence[str]) -> None:
     given = _parser().parse_args(list(args))
     out = Path(given.out).expanduser()
     require_writable(out, overwrite=given.overwrite, ours=lambda names: STRUCTURE_FILE in names)
-    checkpoint = read_checkpoint(given.ckpt_path)
-    settings = read_settings(given.config, checkpoint)
-    made = restore(checkpoint, _base(given, settings, checkpoint), settings)
-    written = _write(made, out, given, checkpoint, settings)
+    path = Path(given.ckpt_path).expanduser()
+    require_readable(path)
+    saved = open_saved(path)
+    settings = read_settings(given.config, saved.parts)
+    made = restore(saved, _base(given, settings, saved.parts), settings)
+    written = _write(made, out, given, saved, settings)
     sys.stdout.write(f"exported to {written}\n")
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint without unpickling anything but tensors and plain values.
-
-    Args:
-        path: a single file.
-
-    Returns:
-        Its content; tensors stay on disk until they are used.
-
-    Raises:
-        CheckpointError: for a missing or damaged file, a directory, or a file without weights.
-    """
-    import pickle
-
-    import torch
-
-    if Path(path).is_dir():
-        raise CheckpointError(
-            "a directory is a sharded checkpoint, which cannot be exported yet",
-            given=path,
-            allowed="a single .ckpt file; sharded checkpoints come with their strategies",
-            fix="save single files (train on one device), or export at the end of fit (export:)",
-        )
-    require_readable(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            "the checkpoint cannot be read",
-            given=f"{path} ({str(error).partition(chr(10))[0]})",
-            allowed="a complete file written by Lightning, with tensors and plain values only",
-            fix="take the checkpoint before it",
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise CheckpointError(
-            "the file holds no weights", given=path, allowed="a Lightning checkpoint"
-        )
-    return content
-
-
-def read_settings(configs: Sequence[str] | None, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def read_settings(configs: Sequence[str] | None, parts: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration a checkpoint was trained with.
 
     Args:
         configs: YAML files, later ones win; None takes what the checkpoint carries.
-        checkpoint: its content.
+        parts: what plprune added to it.
 
     Returns:
         Keys and values; empty for the checkpoint of a script.
@@ -87,7 +50,7 @@ def read_settings(configs: Sequence[str] | None, checkpoint: Mapping[str, Any]) 
     """
     import yaml
 
-    carried = (checkpoint.get(KEY) or {}).get(PART) or {}
+    carried = parts.get(PART) or {}
     if configs is None:
         return dict(yaml.safe_load(carried.get("yaml", "{}")))
     merged: dict[str, Any] = {}
@@ -112,8 +75,8 @@ def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _base(given: Any, settings: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
-    part = (checkpoint.get(KEY) or {}).get("prune") or {}
+def _base(given: Any, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
+    part = parts.get("prune") or {}
     base = given.base or (settings.get("model") or {}).get("pretrained") or part.get("base")
     if not base:
         raise ConfigError(
@@ -128,7 +91,7 @@ def _write(
     made: Restored,
     out: Path,
     given: Any,
-    checkpoint: Mapping[str, Any],
+    saved: SavedState,
     settings: Mapping[str, Any],
 ) -> Path:
     import torch
@@ -137,7 +100,7 @@ def _write(
     from plprune.export_card import CardInfo
     from plprune.load import load_tokenizer
 
-    history = (checkpoint.get(KEY, {}).get("prune") or {}).get("history") or []
+    history = (saved.parts.get("prune") or {}).get("history") or []
     last = history[-1] if history else {}
     name = given.tokenizer or (settings.get("data") or {}).get("tokenizer") or made.base
     return save_hf(
@@ -150,22 +113,23 @@ def _write(
             base_model=made.base,
             method=str(last.get("method", "")),
             data_hash=str(last.get("calibration", "")),
-            training=f"{checkpoint.get('global_step', '?')} optimizer steps",
+            training=f"{saved.rest.get('global_step', '?')} optimizer steps",
         ),
         overwrite=given.overwrite,
         tokenizer=load_tokenizer(name),
         dtype=None if given.dtype is None else getattr(torch, given.dtype),
+        read=made.read,
     )
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="plprune export",
-        description="Write a Lightning checkpoint of plprune as a Hugging Face folder: the base "
-        "model is cut to the structure in the checkpoint, weights are loaded, adapters merged.",
+        description="Write a Lightning checkpoint of plprune, of any strategy, as a Hugging Face "
+        "folder: weights are read one tensor at a time, adapters merged, masked units cut.",
     )
     add = parser.add_argument
-    add("--ckpt_path", required=True, metavar="FILE", help="a single-file checkpoint (.ckpt)")
+    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint of a run: file or folder")
     add("--out", required=True, metavar="DIR", help="where to write")
     add(
         "--config",
@@ -187,6 +151,6 @@ def _parser() -> Parser:
         "--to",
         choices=("consolidated",),
         default="consolidated",
-        help="form of the result; there is one so far",
+        help="form of the result: complete tensors, whatever strategy wrote the checkpoint",
     )
     return parser

@@ -1,9 +1,15 @@
-"""The plain model of a checkpoint: base, structure, weights, adapters merged, masked units cut."""
+"""The plain model of a checkpoint, to be written without ever being in memory as a whole.
+
+The base model is built without weights, cut to the structure and given adapters; that says how each
+tensor of the result comes out of the checkpoint: read, merged with its adapters, masked units cut.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,23 +17,26 @@ from torch import Tensor, nn
 from plprune.describe import describe
 from plprune.drivers.progressive import Progressive
 from plprune.errors import CheckpointError, ConfigError
-from plprune.lit.carry import KEY
-from plprune.load import load_hf
-from plprune.lora import inject, merge, require_same_adapters
+from plprune.lit.saved import SavedState
+from plprune.lora import inject, merge, merged, require_same_adapters
 from plprune.skeleton import config_of, skeleton
 from plprune.spec import Spec
+from plprune.stream import as_loaded
 from plprune.surgery.apply import commit
-from plprune.surgery.linear_like import is_adapter_parameter
+from plprune.surgery.linear_like import is_adapter_parameter, is_lora
 from plprune.surgery.rebuild import structure_of
+from plprune.surgery.state import CutTable, cut, cut_table
 from plprune.unwrap import family_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Restored:
-    """A model taken out of a checkpoint."""
+    """A model taken out of a checkpoint, its weights still there."""
 
     model: nn.Module
-    """Plain Hugging Face model on the CPU."""
+    """Plain Hugging Face model on the meta device."""
+    read: Callable[[str], Tensor]
+    """Complete tensor by its name in the model: adapters merged, masked units cut."""
     spec: Spec
     """Its spec."""
     structure: dict[str, Any]
@@ -36,14 +45,12 @@ class Restored:
     """The dense model."""
 
 
-def restore(
-    checkpoint: Mapping[str, Any], base: str, settings: Mapping[str, Any] | None = None
-) -> Restored:
-    """Build the model of a checkpoint; shapes are checked before weights of the base are read.
+def restore(saved: SavedState, base: str, settings: Mapping[str, Any] | None = None) -> Restored:
+    """Describe the model of a checkpoint and how to read it, one tensor at a time.
 
     Args:
-        checkpoint: content of a single-file checkpoint.
-        base: folder or hub id of the dense model.
+        saved: checkpoint of any strategy.
+        base: folder or hub id of the dense model; only its config is read.
         settings: configuration of the run: `model.trust_remote_code`, `lora.config`.
 
     Returns:
@@ -56,43 +63,59 @@ def restore(
     """
     settings = settings or {}
     remote = bool((settings.get("model") or {}).get("trust_remote_code", False))
-    empty = skeleton(config_of(base, trust_remote_code=remote), trust_remote_code=remote)
-    tensors = language_model(checkpoint["state_dict"], empty)
-    parts = checkpoint.get(KEY) or {}
-    lora = _lora(tensors, settings, (parts.get("lora") or {}).get("config"))
-    state = parts.get("prune") or {}
-    _cut_and_adapt(empty, state, lora)
-    _require_fit(empty, tensors, pruned="committed" in state)
-    embedding = next(iter(tensors.values()))
-    model: Any = load_hf(base, dtype=embedding.dtype, trust_remote_code=remote)
+    config = config_of(base, trust_remote_code=remote)
+    prefix = language_model(saved.shapes, skeleton(config, trust_remote_code=remote))
+    shapes = {n.removeprefix(prefix): s for n, s in saved.shapes.items() if n.startswith(prefix)}
+    dtype = saved.read(prefix + next(iter(shapes)), None, 0, 1).dtype
+    model: Any = skeleton(config, dtype=dtype, trust_remote_code=remote)
+    lora = _lora(shapes, settings, (saved.parts.get("lora") or {}).get("config"))
+    state = saved.parts.get("prune") or {}
     progressive, injected = _cut_and_adapt(model, state, lora)
-    model.load_state_dict(tensors, strict=False)  # names and shapes were compared
+    _require_fit(model, shapes, pruned="committed" in state)
+    layers = {name: deepcopy(m) for name, m in model.named_modules() if is_lora(m)}
     if injected is not None:
         merge(injected)
+    table = cut_table(model, progressive.lowered)
     if progressive.pending:
-        applied = commit(model, progressive.spec, {})
-        progressive.committed(applied)
+        progressive.committed(commit(model, progressive.spec, {}))
     spec = describe(model) if not state else progressive.spec
+    as_loaded(model, base)
     return Restored(
-        model=model, spec=spec, structure=structure_of(spec, progressive.dense), base=base
+        model=model,
+        read=partial(_read, saved, prefix, layers, table),
+        spec=spec,
+        structure=structure_of(spec, progressive.dense),
+        base=base,
     )
 
 
-def language_model(state: Mapping[str, Tensor], empty: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the language model under its own names, wherever it hangs in the module.
+def _read(
+    saved: SavedState, prefix: str, layers: Mapping[str, nn.Module], table: CutTable, name: str
+) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    if path in layers:
+        own = merged(layers[path], lambda part: saved.tensor(f"{prefix}{path}.{part}"))
+        full = own.get_parameter(leaf).detach()
+    else:
+        full = saved.tensor(prefix + name)
+    return cut(full, table.get(name, ()))
+
+
+def language_model(names: Iterable[str], empty: nn.Module) -> str:
+    """Where the language model hangs in a checkpoint.
 
     Args:
-        state: `state_dict` of a checkpoint.
+        names: of its weights.
         empty: the dense model, on the meta device.
 
     Returns:
-        Tensors by name.
+        Prefix of its tensors, empty or with a dot at the end.
 
     Raises:
         CheckpointError: if it is not there, or more than once.
     """
     embed = f"{family_of(empty).embed}.weight"
-    found = [name for name in state if name == embed or name.endswith(f".{embed}")]
+    found = [name for name in names if name == embed or name.endswith(f".{embed}")]
     if len(found) != 1:
         raise CheckpointError(
             "need exactly one language model in the checkpoint",
@@ -100,10 +123,7 @@ def language_model(state: Mapping[str, Tensor], empty: nn.Module) -> dict[str, T
             allowed="weights of the architecture of the base model",
             fix="give the base model the run started from (--base)",
         )
-    prefix = found[0].removesuffix(embed)
-    first = {embed: state[found[0]]}
-    inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-    return first | inside
+    return found[0].removesuffix(embed)
 
 
 def _cut_and_adapt(
@@ -116,10 +136,10 @@ def _cut_and_adapt(
 
 
 def _lora(
-    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], saved: Mapping[str, Any] | None
+    names: Iterable[str], settings: Mapping[str, Any], saved: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
     """Configuration of the adapters in a checkpoint; None without adapters."""
-    if not any(is_adapter_parameter(name) for name in tensors):
+    if not any(is_adapter_parameter(name) for name in names):
         return None
     given = settings.get("lora")
     if saved is not None:
@@ -136,10 +156,9 @@ def _lora(
     return dict(given.get("init_args", given).get("config") or {})
 
 
-def _require_fit(empty: nn.Module, tensors: Mapping[str, Tensor], *, pruned: bool) -> None:
+def _require_fit(empty: nn.Module, given: Mapping[str, tuple[int, ...]], *, pruned: bool) -> None:
     """Compare names and shapes with those of the rebuilt model."""
     asked = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if asked == given:
         return
     name = next(n for n in (*asked, *given) if asked.get(n) != given.get(n))

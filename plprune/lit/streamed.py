@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from plprune.lit.strategies.fsdp2 import empty_shards
 from plprune.load import folder_of, note_structure
 from plprune.load_check import check_folder
 from plprune.skeleton import config_of, skeleton
-from plprune.stream import Stored, fill, matched, stored_in
+from plprune.stream import Stored, as_loaded, fill, matched, stored_in
 from plprune.surgery.rebuild import rebuild_with_cuts
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def streamed(
         with torch.no_grad(), together():
             for name, stored in found.items():
                 fill(state[name], stored)
-    _finish(model, pretrained, folder)
+    as_loaded(model, pretrained)
     return model
 
 
@@ -130,12 +129,3 @@ def _zero_parts(strategy: ZeRO, model: nn.Module, found: Mapping[str, Stored]) -
         for name, buffer in model.named_buffers():
             if name in found:
                 buffer.copy_(found[name].read())
-
-
-def _finish(model: Any, pretrained: str, folder: Path) -> None:
-    """What `from_pretrained` sets besides the weights."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config._name_or_path = model.name_or_path = pretrained

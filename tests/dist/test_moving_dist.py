@@ -11,10 +11,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import fitting
 import strategy_runs as runs
+import tiny
 from plprune.callbacks import LoRARecovery
-from plprune.lit.saved import state as saved_state
-from ranks import RankError
+from plprune.lit.cli import main
+from plprune.lit.saved import open_saved
+from plprune.lit.saved import zero as zero_folder
 from strategy_runs import on_ranks
+from tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [
     pytest.mark.world_size(3),
@@ -95,8 +98,10 @@ def uninterrupted() -> Callable[..., dict[str, Any]]:
     return curve
 
 
-@pytest.mark.parametrize(("name", "world", "to", "there"), MOVES)
-@pytest.mark.parametrize("make", [pruned, adapted])
+@pytest.mark.parametrize(
+    ("make", "name", "world", "to", "there"),
+    [(pruned, *move) for move in MOVES] + [(adapted, *move) for move in MOVES[::3]],
+)
 def test_a_run_moves(
     name: str,
     world: int,
@@ -116,3 +121,73 @@ def test_a_run_moves(
     assert found["rates"][-1] == whole["rates"][-1]
     # Every micro-batch has its own loss; their mean is that of the global batch.
     assert runs.gap(found, {"losses": whole["losses"][STEP:]}) < 2e-5, "float32, other sums"
+
+
+def test_without_its_moments_it_is_another_run(
+    tmp_path: Path, uninterrupted: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    """Negative control: weights alone do not give the curve."""
+    settings = {"callbacks": pruned, "optimizer": "adamw"}
+    path = start("zero3", 2, tmp_path, **settings)
+    monkeypatch.setattr(zero_folder, "_state_keys", lambda _: [])
+    found = run("fsdp2", 2, ckpt_path=path, **settings)
+    assert runs.gap(found, {"losses": uninterrupted(**settings)["losses"][STEP:]}) > 1e-3
+
+
+def test_parameters_do_not_share_a_step(tmp_path: Path):
+    """Optimizers count in place: a shared number would count every parameter."""
+    saved = open_saved(start("zero2", 2, tmp_path, callbacks=pruned))
+    one, other = saved.groups[0]["names"][:2]
+    saved.numbers(one)["step"].add_(1)
+    assert float(saved.numbers(other)["step"]) == STEP
+
+
+def base(folder: Path) -> Path:
+    tiny.model(dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def exported(checkpoint: Path, folder: Path, out: Path) -> dict[str, torch.Tensor]:
+    args = ["--ckpt_path", str(checkpoint), "--out", str(out), "--base", str(folder)]
+    assert main(["export", *args, "--to", "consolidated", "--tokenizer", str(folder)]) == 0
+    return runs.everything(out)
+
+
+@pytest.mark.parametrize("make", [pruned, masked, adapted])
+def test_a_folder_becomes_what_a_file_becomes(
+    make: Callable[[], list[Callback]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the middle of a run: units masked, adapters not merged."""
+    tiny_tokenizer(base(tmp_path / "base"))
+    settings = {"callbacks": make, "optimizer": "one group" if make is adapted else "adamw"}
+    one = start("alone", 1, tmp_path / "one", **settings)
+    whole = exported(one, tmp_path / "base", tmp_path / "from one")
+    for name in ("fsdp2", "zero2", "zero3"):
+        path = start(name, 2, tmp_path / name, **settings)
+        found = exported(path, tmp_path / "base", tmp_path / f"from {name}")
+        assert found.keys() == whole.keys()
+        for key, tensor in whole.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_an_incomplete_folder_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = start(name, 2, tmp_path, callbacks=pruned)
+    out = tmp_path / "out"
+    args = ["export", "--ckpt_path", str(path), "--base", str(base(tmp_path / "base"))]
+
+    def said() -> str:
+        assert main([*args, "--out", str(out)]) == 2
+        assert not out.exists()
+        return capsys.readouterr().err
+
+    large = max(path.rglob("*1*optim_states.pt" if name == "zero3" else "__1_0.distcp"))
+    content = large.read_bytes()
+    large.write_bytes(content[: len(content) // 2])
+    assert "the checkpoint cannot be read" in said()
+    large.unlink()
+    assert ("lacks files of some ranks" if name == "zero3" else "cannot be read") in said()
+    (path / "plprune.pt").unlink()
+    assert "the checkpoint is not complete" in said()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plprune.errors import CheckpointError, first_line
 from plprune.lit.saved.state import GROUPS, PARTS, SavedState
 
 _META = "meta.pt"
@@ -67,8 +68,17 @@ def read(path: Path) -> SavedState:
 
 def _load(wanted: dict[str, Any], path: Path) -> None:
     import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint import CheckpointException
 
     with warnings.catch_warnings():
         # It says that it reads on one process, which is what it is asked to do.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        checkpoint.load(wanted, checkpoint_id=path, no_dist=True)
+        try:
+            checkpoint.load(wanted, checkpoint_id=path, no_dist=True)
+        except (CheckpointException, OSError, RuntimeError, EOFError) as error:
+            raise CheckpointError(
+                "the checkpoint cannot be read",
+                given=f"{path}, at {next(iter(wanted))} ({first_line(error)})",
+                allowed="a complete folder",
+                fix="copy the folder again, completely, or take the checkpoint before it",
+            ) from error

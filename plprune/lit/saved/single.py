@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plprune.errors import CheckpointError
+from plprune.errors import CheckpointError, first_line
 from plprune.lit.saved.state import GROUPS, PARTS, SavedState
 
 
@@ -70,7 +70,7 @@ def _load(path: Path) -> Any:
     except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             "the checkpoint cannot be read",
-            given=f"{path} ({str(error).partition(chr(10))[0]})",
+            given=f"{path} ({first_line(error)})",
             allowed="a complete file written by Lightning, with tensors and plain values only",
             fix="take the checkpoint before it",
         ) from error

@@ -16,16 +16,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plprune.errors import CheckpointError
+from plprune.errors import CheckpointError, first_line
 from plprune.lit.folders import PARTS_FILE
 from plprune.lit.saved.state import SavedState
 
 _INSIDE = "checkpoint"
 _DEEPSPEEDS = frozenset(
-    """module buffer_names optimizer param_shapes frozen_param_shapes shared_params
-    frozen_param_fragments lr_scheduler data_sampler random_ltd sparse_tensor_module_names
-    checkpoint_parallel_dimensions skipped_steps global_steps global_samples dp_world_size
-    mp_world_size ds_config ds_version""".split()
+    [
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "sparse_tensor_module_names",
+        "checkpoint_parallel_dimensions",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "ds_config",
+        "ds_version",
+    ]
 )
 """Keys of a file that are DeepSpeed's own; the others are what Lightning handed over."""
 
@@ -220,7 +237,7 @@ def _load(file: Path) -> Any:
     except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             "the checkpoint cannot be read",
-            given=f"{file} ({str(error).partition(chr(10))[0]})",
+            given=f"{file} ({first_line(error)})",
             allowed="a complete folder written by DeepSpeed 0.19",
             fix="take the checkpoint before it",
         ) from error

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from torch import Tensor, nn
 
-from plprune.lit.strategies.engine import kept_hooks, teardown
+from plprune.lit.strategies.engine import give_timeout, kept_hooks, teardown
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -129,10 +129,15 @@ class ZeRO(DeepSpeedStrategy):
         kwargs["scale_wrt_gas"] = False
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
+    def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        super()._initialize_deepspeed_train(model)
+        give_timeout(self._timeout)
+
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         # Lightning takes every hook off the module, also those of the user and of masks.
         with kept_hooks(model):
             super()._initialize_deepspeed_inference(model)
+        give_timeout(self._timeout)
 
     def teardown(self) -> None:
         """Free the engine: DeepSpeed keeps it alive through hooks and a global list."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 from torch import nn
@@ -69,6 +70,21 @@ def teardown(strategy: Any, root: nn.Module) -> None:
     parameter_offload.FWD_MODULE_STACK.clear()
     del engine
     gc.collect()
+
+
+def give_timeout(timeout: timedelta | None) -> None:
+    """Let every process group give up after the same time.
+
+    The engine makes groups of its own, which would wait half an hour for a process that hangs.
+
+    Args:
+        timeout: of the strategy; None changes nothing.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    if timeout is not None:
+        for group in list(c10d._world.pg_map):
+            c10d._set_pg_timeout(timeout, group)
 
 
 @contextlib.contextmanager
