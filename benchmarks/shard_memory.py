@@ -91,7 +91,9 @@ def measure(name: str, world: int, options: argparse.Namespace) -> list[dict[str
     processes = []
     for rank in range(world):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "NODE_RANK": 0}
-        env = {k: str(v) for k, v in {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
+        env = {
+            k: str(v) for k, v in {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()
+        }
         program = [sys.executable, __file__, "--worker", name, "--out", str(options.out)]
         program += ["--layers", str(options.layers), "--hidden", str(options.hidden)]
         log = out / f"rank_{rank}.log"

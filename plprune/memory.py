@@ -27,19 +27,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plprune.errors import ConfigError
+from plprune.memory_shared import SHARDED, shared
 from plprune.memory_trace import fake_copy
 from plprune.spec import Spec
 from plprune.stats.base import Tap
-
-SHARDED: Mapping[str, tuple[str, ...]] = {
-    "single": (),
-    "ddp": (),
-    "zero1": ("optimizer",),
-    "zero2": ("optimizer", "gradients"),
-    "zero3": ("optimizer", "gradients", "weights"),
-    "fsdp": ("optimizer", "gradients", "weights"),
-}
-"""What each strategy divides among ranks."""
 
 _PRECISIONS: Mapping[str, tuple[torch.dtype | None, bool]] = {
     "32-true": (None, False),
@@ -170,7 +161,7 @@ def estimate(stages: Stages, setup: Setup, statistics: int = 0) -> tuple[Phase, 
         replace(pruned, name="train_pruned"),
         _exporting(pruned),
     )
-    return tuple(_shared(phase, setup) for phase in phases)
+    return tuple(shared(phase, setup, stages.dense) for phase in phases)
 
 
 def training(model: nn.Module, setup: Setup) -> Phase:
@@ -276,11 +267,6 @@ def _new(stages: Stages, held: Phase) -> int:
 def _exporting(pruned: Phase) -> Phase:
     """The file being written is a copy of the weights, a shard at a time."""
     return replace(pruned, name="export", activations=0, copies=min(pruned.weights, int(_SHARD)))
-
-
-def _shared(phase: Phase, setup: Setup) -> Phase:
-    parts = SHARDED[setup.strategy]
-    return replace(phase, **{part: -(-getattr(phase, part) // setup.world_size) for part in parts})
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -248,7 +248,7 @@ def _on_gpu(run: Run) -> bool:
 
 
 def _strategy(run: Run) -> str:
-    """Its name in `plprune.memory.SHARDED`; a strategy that is not known shares nothing."""
+    """Its name in `plprune.memory_shared.SHARDED`; a strategy that is not known shares nothing."""
     given = run.trainer.get("strategy", "auto")
     text = str(given if isinstance(given, str) else given.get("class_path", "")).lower()
     if re.fullmatch("zero[123]", text):

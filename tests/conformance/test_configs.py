@@ -155,3 +155,17 @@ def test_the_transact_recipe_is_the_published_one(recipe: dict[str, Any]) -> Non
     assert round(last["params"]["non_embedding"] / 1e9, 3) == 1.007
     assert dense["kv_cache_bytes_per_token"] == 512 * 1024
     assert last["kv_cache_bytes_per_token"] == 96 * 1024
+
+
+@pytest.mark.slow
+def test_the_70b_recipe_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    name = str(ROOT / "recipes" / "transact_llama2_70b.yaml")
+    assert main(["plan", "--config", name, "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dense"]["params"]["model"] == 68_976_648_192
+    last = found["cuts"][-1]["params"]["non_embedding"]
+    assert 0.78 < last / found["dense"]["params"]["non_embedding"] <= 0.8
+    assert found["run"]["devices"] == 32
+    memory = {phase["name"]: phase["total"] for phase in found["memory"]}
+    assert memory["load"] == pytest.approx(2 * 68_976_648_192 / 32 + 2 * 32000 * 8192, rel=0.01)
+    assert max(memory.values()) < 40e9, "half of an 80 GB device"

@@ -11,7 +11,6 @@ import tiny
 from plprune.describe import describe
 from plprune.errors import ConfigError
 from plprune.memory import (
-    SHARDED,
     Phase,
     Setup,
     Stages,
@@ -20,6 +19,7 @@ from plprune.memory import (
     statistics_bytes,
     training,
 )
+from plprune.memory_shared import SHARDED, pieces
 from plprune.memory_trace import Live
 from plprune.methods.transact import TransAct
 from plprune.skeleton import shrink, store_block_inputs
@@ -191,6 +191,20 @@ def test_strategies_divide_what_they_shard() -> None:
             divided = -(-getattr(one, part) // 4)
             assert getattr(found, part) == (divided if part in parts else getattr(one, part))
         assert found.activations == one.activations
+
+
+def test_what_is_gathered_is_counted() -> None:
+    model = stages()
+    unit, tensor = pieces(model.dense)
+    sizes = {n: p.numel() * p.element_size() for n, p in model.dense.named_parameters()}
+    block = sum(size for name, size in sizes.items() if ".layers.0." in name)
+    assert (unit, tensor) == (max(block, max(sizes.values())), max(sizes.values()))
+    one = {p.name: p for p in estimate(model, SETUP)}
+    setup = Setup(batch_size=2, seq_len=12, strategy="fsdp", world_size=4)
+    found = {p.name: p for p in estimate(model, setup)}
+    assert found["load"].copies == tensor
+    assert found["train"].copies == one["train"].copies + min(2 * unit, one["train"].weights)
+    assert found["cut"].copies >= -(-one["cut"].copies // 4) + 2 * tensor
 
 
 def test_statistics_are_sums_in_float64() -> None:

@@ -1,0 +1,77 @@
+"""Memory of one rank where a strategy divides what a process holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from plprune.memory import Phase, Setup
+
+SHARDED: Mapping[str, tuple[str, ...]] = {
+    "single": (),
+    "ddp": (),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer", "gradients"),
+    "zero3": ("optimizer", "gradients", "weights"),
+    "fsdp": ("optimizer", "gradients", "weights"),
+}
+"""What each strategy divides among ranks."""
+_LIVE = 10**9
+"""Parameters that ZeRO-3 may keep together by default (`stage3_max_live_parameters`)."""
+
+
+def pieces(model: nn.Module) -> tuple[int, int]:
+    """What must be whole at a time.
+
+    Args:
+        model: Hugging Face model, on any device.
+
+    Returns:
+        Bytes of the largest unit that is gathered (a block, or a tensor outside of the blocks), and
+        of the largest tensor.
+    """
+    units: dict[str, int] = {}
+    largest = 0
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        unit = name if number is None else ".".join(parts[: number + 1])
+        size = parameter.numel() * parameter.element_size()
+        units[unit] = units.get(unit, 0) + size
+        largest = max(largest, size)
+    return max(units.values(), default=0), largest
+
+
+def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
+    """A phase as one rank sees it.
+
+    Args:
+        phase: of one process alone.
+        setup: names the strategy and the number of ranks.
+        model: the largest of the run, for the pieces that are gathered.
+
+    Returns:
+        Divided parts smaller; with divided weights, what is gathered among the copies.
+    """
+    parts = SHARDED[setup.strategy]
+    world = setup.world_size
+    mine = replace(phase, **{part: -(-getattr(phase, part) // world) for part in parts})
+    if "weights" not in parts or world == 1:
+        return mine
+    unit, tensor = pieces(model)
+    item = next(model.parameters()).element_size()
+    # FSDP2 gathers the next block while it works on one.
+    gathered = 2 * unit if setup.strategy == "fsdp" else max(unit, _LIVE * item)
+    gathered = min(gathered, phase.weights)
+    if phase.name == "load":
+        return replace(mine, copies=tensor)
+    if phase.name == "cut":
+        # A tensor is cut while it is whole; each rank keeps its part. The probe gathers blocks.
+        return replace(mine, copies=-(-phase.copies // world) + max(2 * tensor, gathered))
+    if phase.name == "export":
+        return mine
+    return replace(mine, copies=gathered)
