@@ -106,7 +106,8 @@ def measure(name: str, world: int, options: argparse.Namespace) -> list[dict[str
                 stderr=subprocess.STDOUT,
             )
         )
-    if any([process.wait() for process in processes]):
+    codes = [process.wait() for process in processes]
+    if any(codes):
         raise SystemExit(f"a process failed: see {out}")
     return [json.loads((out / f"rank_{rank}.json").read_text("utf-8")) for rank in range(world)]
 

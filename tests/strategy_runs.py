@@ -203,7 +203,8 @@ def outcome(trainer: Any, user: User) -> dict[str, Any]:
 def digest(tensor: Any) -> str:
     """Shape and hash of a tensor's bytes."""
     complete = whole(tensor).detach().cpu().contiguous()
-    return f"{list(complete.shape)} {hashlib.sha256(complete.numpy().tobytes()).hexdigest()[:12]}"
+    content = complete.reshape(-1).view(torch.uint8).numpy().tobytes()  # numpy knows no bfloat16
+    return f"{list(complete.shape)} {hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def gap(one: dict[str, Any], other: dict[str, Any]) -> float:
