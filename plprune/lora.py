@@ -169,7 +169,9 @@ def merge(injected: Injected) -> None:
     """
     layers = [(name, m) for name, m in injected.model.named_modules() if is_lora(m)]
     for name, module in layers:
-        factors = (p for n, p in module.named_parameters() if is_adapter_parameter(n))
+        named = module.named_parameters()
+        # On the meta device there are shapes only; `merged` looks at the numbers then.
+        factors = (p for n, p in named if is_adapter_parameter(n) and not p.is_meta)
         if not all(bool(torch.isfinite(whole(factor).detach()).all()) for factor in factors):
             raise _not_finite(name)
     for _, module in layers:

@@ -15,7 +15,7 @@ import tiny
 from plprune.callbacks import LoRARecovery
 from plprune.lit.cli import main
 from plprune.lit.saved import open_saved
-from plprune.lit.saved import zero as zero_folder
+from plprune.lit.strategies import fsdp2
 from strategy_runs import on_ranks
 from tiny_tokenizer import tiny_tokenizer
 
@@ -129,7 +129,7 @@ def test_without_its_moments_it_is_another_run(
     """Negative control: weights alone do not give the curve."""
     settings = {"callbacks": pruned, "optimizer": "adamw"}
     path = start("zero3", 2, tmp_path, **settings)
-    monkeypatch.setattr(zero_folder, "_state_keys", lambda _: [])
+    monkeypatch.setattr(fsdp2, "_fill_state", lambda *_: None)
     found = run("fsdp2", 2, ckpt_path=path, **settings)
     assert runs.gap(found, {"losses": uninterrupted(**settings)["losses"][STEP:]}) > 1e-3
 
