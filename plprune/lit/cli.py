@@ -162,10 +162,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"plprune: {found}\n")
         return 2
     except RuntimeError as error:
-        found = lost.said(error)
-        if found is None:
+        gone = lost.said(error)
+        if gone is None:
             raise
-        sys.stderr.write(f"plprune: {found}\n")  # each process for itself: none can ask the others
+        sys.stderr.write(f"plprune: {gone}\n")  # each process for itself: none can ask the others
         return 2
     return 0
 

@@ -33,4 +33,4 @@ def open_saved(path: Path) -> SavedState:
             allowed="a folder saved by a run with plprune callbacks",
             fix="check the path, or take the checkpoint before it",
         )
-    return (zero if zero.is_one(path) else fsdp2).read(path)
+    return zero.read(path) if zero.is_one(path) else fsdp2.read(path)

@@ -25,7 +25,7 @@ def read(path: Path) -> SavedState:
     Returns:
         Its content; each tensor is put together when it is asked for.
     """
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     stored = {
@@ -67,14 +67,14 @@ def read(path: Path) -> SavedState:
 
 
 def _load(wanted: dict[str, Any], path: Path) -> None:
-    import torch.distributed.checkpoint as checkpoint
-    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with warnings.catch_warnings():
         # It says that it reads on one process, which is what it is asked to do.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            checkpoint.load(wanted, checkpoint_id=path, no_dist=True)
+            load(wanted, checkpoint_id=path, no_dist=True)
         except (CheckpointException, OSError, RuntimeError, EOFError) as error:
             raise CheckpointError(
                 "the checkpoint cannot be read",

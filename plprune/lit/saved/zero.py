@@ -106,7 +106,9 @@ def read(path: Path) -> SavedState:
     frozen = dict(first.get("frozen_param_shapes") or {})
     trained = {name: shape for group in first["param_shapes"] for name, shape in group.items()}
     tied: dict[str, str] = dict(first.get("shared_params") or {})
-    whole = {n: first["module"][n] for n in first["buffer_names"] if n in first["module"]}
+    whole: dict[str, Tensor] = {
+        n: first["module"][n] for n in first["buffer_names"] if n in first["module"]
+    }
     if not stage_3:
         # Stage 1 does not list what is frozen.
         whole |= {n: t for n, t in first["module"].items() if n not in trained and n not in tied}
