@@ -103,16 +103,28 @@ def parts_of(path: Any, key: str) -> dict[str, Any]:
     """
     found = Path(path)
     if found.is_dir():
-        if not (found / PARTS_FILE).is_file():
-            raise CheckpointError(
-                "the checkpoint is not complete",
-                given=f"{found} without {PARTS_FILE}, which is written last",
-                allowed="a folder saved by a run with plprune callbacks",
-                fix="resume from the checkpoint before it",
-            )
+        require_complete(found)
         parts: dict[str, Any] = torch.load(
             found / PARTS_FILE, map_location="cpu", weights_only=True
         )
         return parts
     whole = torch.load(found, map_location="cpu", weights_only=True, mmap=True)
     return dict(whole.get(key, {}))
+
+
+def require_complete(folder: Path) -> None:
+    """Refuse a folder that is no checkpoint, or lacks what is written last.
+
+    Args:
+        folder: existing.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if not (folder / PARTS_FILE).is_file():
+        raise CheckpointError(
+            "the checkpoint is not complete",
+            given=f"{folder} without {PARTS_FILE}, which is written last",
+            allowed="a folder saved by a run with plprune callbacks",
+            fix="check the path, or take the checkpoint before it",
+        )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plprune.errors import CheckpointError
-from plprune.lit.folders import PARTS_FILE
+from plprune.lit.folders import require_complete
 from plprune.lit.saved import fsdp2, single, zero
 from plprune.lit.saved.state import SavedState
 
@@ -26,11 +25,5 @@ def open_saved(path: Path) -> SavedState:
     """
     if not path.is_dir():
         return single.read(path)
-    if not (path / PARTS_FILE).is_file():
-        raise CheckpointError(
-            "the checkpoint is not complete",
-            given=f"{path} without {PARTS_FILE}, which is written last",
-            allowed="a folder saved by a run with plprune callbacks",
-            fix="check the path, or take the checkpoint before it",
-        )
+    require_complete(path)
     return zero.read(path) if zero.is_one(path) else fsdp2.read(path)

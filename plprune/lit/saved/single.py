@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plprune.errors import CheckpointError, first_line
-from plprune.lit.saved.state import GROUPS, PARTS, SavedState
+from plprune.errors import CheckpointError
+from plprune.lit.saved.state import GROUPS, PARTS, SavedState, unpickled
 
 
 def read(path: Path) -> SavedState:
@@ -25,7 +24,7 @@ def read(path: Path) -> SavedState:
     Raises:
         CheckpointError: for a damaged file, or one without weights.
     """
-    content = _load(path)
+    content = unpickled(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(
             "the file holds no weights", given=str(path), allowed="a Lightning checkpoint"
@@ -62,15 +61,3 @@ def _state_by_name(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     names = [name for group in groups for name in group["names"]]
     return {name: optimizers[0]["state"].get(number, {}) for number, name in enumerate(names)}
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            "the checkpoint cannot be read",
-            given=f"{path} ({first_line(error)})",
-            allowed="a complete file written by Lightning, with tensors and plain values only",
-            fix="take the checkpoint before it",
-        ) from error

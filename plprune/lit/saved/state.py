@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from plprune.errors import CheckpointError
+from plprune.errors import CheckpointError, first_line
 
 PARTS = "plprune"
 """Key of what plprune adds to a checkpoint."""
@@ -104,3 +107,28 @@ def as_checkpoint(state: SavedState) -> dict[str, Any]:
             {"state": {n: value for n, value in moments.items() if value}, "param_groups": params}
         ],
     }
+
+
+def unpickled(file: Path, known: Iterable[Any] = ()) -> Any:
+    """Read a file of torch without running what it may bring; tensors stay on disk until used.
+
+    Args:
+        file: written by `torch.save`.
+        known: classes that may occur in it besides tensors and plain values.
+
+    Returns:
+        Its content.
+
+    Raises:
+        CheckpointError: for a damaged file, or one with other classes in it.
+    """
+    try:
+        with torch.serialization.safe_globals(list(known)):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            "the checkpoint cannot be read",
+            given=f"{file} ({first_line(error)})",
+            allowed="complete, as Lightning or DeepSpeed 0.19 wrote it, with plain values only",
+            fix="take the checkpoint before it",
+        ) from error

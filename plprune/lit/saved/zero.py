@@ -7,7 +7,6 @@ The files are memory-mapped and nothing is unpickled but tensors and the few cla
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plprune.errors import CheckpointError, first_line
+from plprune.errors import CheckpointError
 from plprune.lit.folders import PARTS_FILE
-from plprune.lit.saved.state import SavedState
+from plprune.lit.saved.state import SavedState, unpickled
 
 _INSIDE = "checkpoint"
 _DEEPSPEEDS = frozenset(
@@ -232,14 +231,4 @@ def _load(file: Path) -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    known: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            "the checkpoint cannot be read",
-            given=f"{file} ({first_line(error)})",
-            allowed="a complete folder written by DeepSpeed 0.19",
-            fix="take the checkpoint before it",
-        ) from error
+    return unpickled(file, [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
