@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import math
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from plprune.dist import together
 from plprune.errors import ExportError
 from plprune.export_config import Shapes
+from plprune.safetensors_stream import StreamWriter
 from plprune.sharded import any_sharded, full_shape, part, state_of, whole
 from plprune.surgery.linear_like import is_adapter_parameter
 from plprune.unwrap import family_of
@@ -142,7 +142,7 @@ def write_shards(
     *,
     read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write safetensors files, one in memory at a time, and their index when there are several.
+    """Write safetensors files, one tensor in memory at a time, and an index for several of them.
 
     Args:
         directory: existing folder; None on ranks that only help to put divided tensors together.
@@ -164,12 +164,12 @@ def write_shards(
         file = (
             WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         )
-        # A fresh copy: safetensors refuses tensors that share memory, and views of larger storages.
         group = {name: everything[name] for name in names}
-        shard = _gathered(group, dtype, keep=directory is not None, read=read)
+        target = None if directory is None else directory / file
+        failed = _write(group, target, dtype, read)
         with together() if shared else contextlib.nullcontext():
-            if directory is not None:
-                _save(shard, directory / file)
+            if failed is not None:
+                raise failed
         where.update(dict.fromkeys(names, file))
     if len(groups) > 1 and directory is not None:
         index: dict[str, Any] = {
@@ -179,33 +179,45 @@ def write_shards(
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    path.touch()  # with the permissions of every other file; safetensors makes private ones
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
-
-
-def _gathered(
+def _write(
     tensors: Mapping[str, Tensor],
+    path: Path | None,
     dtype: torch.dtype | None,
-    *,
-    keep: bool,
     read: Callable[[str], Tensor] | None,
-) -> dict[str, Tensor]:
-    """Copies on the CPU, put together one tensor at a time; empty on ranks that keep none."""
-    shard = {}
-    for name, tensor in tensors.items():
-        if tensor.is_meta and read is not None:
-            complete = read(name).detach().to(tensor.dtype)
-            _check(name, complete, dtype)
-        else:
-            complete = whole(tensor).detach()
-        if keep:
-            shard[name] = _cast(complete, dtype).to("cpu", copy=True).contiguous()
-    return shard
+) -> Exception | None:
+    """Put tensors together and write them, one at a time.
+
+    A process that cannot write goes on putting together: the others wait for it. Its error is
+    returned.
+    """
+    failed: Exception | None = None
+    entries = {n: (_kind(tensor, dtype), full_shape(tensor)) for n, tensor in tensors.items()}
+    with contextlib.ExitStack() as stack:
+        file = None
+        try:
+            if path is not None:
+                file = stack.enter_context(StreamWriter(path, entries))
+        except OSError as error:
+            failed = error
+        for name, tensor in tensors.items():
+            complete = _complete(name, tensor, dtype, read)
+            if file is None or file.given_up:
+                continue
+            try:
+                file.add(name, _cast(complete, dtype).to("cpu"))
+            except OSError as error:
+                failed, file.given_up = error, True
+    return failed
+
+
+def _complete(
+    name: str, tensor: Tensor, dtype: torch.dtype | None, read: Callable[[str], Tensor] | None
+) -> Tensor:
+    if not tensor.is_meta or read is None:
+        return whole(tensor).detach()
+    found = read(name).detach().to(tensor.dtype)
+    _check(name, found, dtype)
+    return found
 
 
 def _groups(
@@ -228,5 +240,9 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    kind = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
-    return kind.itemsize * full_shape(tensor).numel()
+    return _kind(tensor, dtype).itemsize * full_shape(tensor).numel()
+
+
+def _kind(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Number format a tensor has in the file."""
+    return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype

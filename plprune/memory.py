@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plprune.errors import ConfigError
-from plprune.memory_shared import SHARDED, shared
+from plprune.memory_shared import SHARDED, pieces, shared
 from plprune.memory_trace import fake_copy
 from plprune.spec import Spec
 from plprune.stats.base import Tap
@@ -42,7 +42,6 @@ _PRECISIONS: Mapping[str, tuple[torch.dtype | None, bool]] = {
 }
 """Number format weights are converted to (None: as loaded), and whether there is autocast."""
 _ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
-_SHARD = 5e9  # bytes of one weight file of an export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +158,7 @@ def estimate(stages: Stages, setup: Setup, statistics: int = 0) -> tuple[Phase, 
         replace(held, name="cut", activations=probe, copies=_new(stages, held)),
         train,
         replace(pruned, name="train_pruned"),
-        _exporting(pruned),
+        _exporting(pruned, stages.last),
     )
     return tuple(shared(phase, setup, stages.dense) for phase in phases)
 
@@ -264,9 +263,9 @@ def _new(stages: Stages, held: Phase) -> int:
     return weights + (weights if held.gradients >= dense // 2 else 0)
 
 
-def _exporting(pruned: Phase) -> Phase:
-    """The file being written is a copy of the weights, a shard at a time."""
-    return replace(pruned, name="export", activations=0, copies=min(pruned.weights, int(_SHARD)))
+def _exporting(pruned: Phase, model: nn.Module) -> Phase:
+    """A tensor is copied while it is written."""
+    return replace(pruned, name="export", activations=0, copies=pieces(model)[1])
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -114,9 +114,15 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     if isinstance(model, FSDPModule):
         return
-    blocks: Any = model.get_submodule(family_of(model).blocks)
+    family = family_of(model)
+    blocks: Any = model.get_submodule(family.blocks)
     for block in blocks:
         fully_shard(block, mesh=mesh)
+    embed, head = (model.get_submodule(path) for path in (family.embed, family.head))
+    if embed.weight is not head.weight:
+        # Gathered together they would be the largest piece of most models.
+        fully_shard(embed, mesh=mesh)
+        fully_shard(head, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
