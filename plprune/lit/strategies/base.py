@@ -195,6 +195,8 @@ def cut_in_place(
     Returns:
         Spec after the cut and the replaced parameters.
     """
+    for parameter in model.parameters():
+        parameter.grad = None  # used up; the next step would drop it, after old and new had met
     applied = commit(model, spec, lowered)
     for optimizer in optimizers:
         slice_optimizer(optimizer, applied.swaps, reset=reset)
