@@ -58,16 +58,17 @@ def fill_part(
     flat[stop - start :].zero_()
 
 
-def require_same_groups(count: int, saved: SavedState) -> None:
-    """Refuse optimizer state of another set of groups.
+def fill_groups(groups: list[dict[str, Any]], saved: SavedState) -> None:
+    """Give optimizer groups the hyperparameters of a checkpoint.
 
     Args:
-        count: of the optimizer's groups.
+        groups: of the optimizer.
         saved: the checkpoint.
 
     Raises:
-        CheckpointError: if it has another number.
+        CheckpointError: if it has another number of groups.
     """
+    count = len(groups)
     if count != len(saved.groups):
         raise CheckpointError(
             "the optimizer has other groups than that of the checkpoint",
@@ -75,3 +76,5 @@ def require_same_groups(count: int, saved: SavedState) -> None:
             allowed=f"{len(saved.groups)}, as in {saved.where}",
             fix="resume with the optimizer of the run",
         )
+    for group, there in zip(groups, saved.groups, strict=True):
+        group.update({key: value for key, value in there.items() if key != "names"})

@@ -17,7 +17,7 @@ from plprune.dist import together
 from plprune.errors import ConfigError
 from plprune.lit.saved.state import SavedState
 from plprune.lit.strategies.base import Adapter, cut_in_place
-from plprune.lit.strategies.filling import fill_part, require_same_groups, require_same_tensors
+from plprune.lit.strategies.filling import fill_groups, fill_part, require_same_tensors
 from plprune.lit.strategies.fsdp2_groups import adopt, reshard
 from plprune.sharded import part, state_of
 from plprune.spec import Lowered, Spec
@@ -92,10 +92,9 @@ class FSDP2(Adapter):
 
 
 def _fill_state(optimizer: Any, named: Mapping[str, nn.Parameter], saved: SavedState) -> None:
-    require_same_groups(len(optimizer.param_groups), saved)
-    for group, there in zip(optimizer.param_groups, saved.groups, strict=True):
-        group.update({key: value for key, value in there.items() if key != "names"})
-        for name in there["names"]:
+    fill_groups(optimizer.param_groups, saved)
+    for group in saved.groups:
+        for name in group["names"]:
             parameter = named[name]
             state: dict[str, Any] = saved.numbers(name)
             for key in saved.keys.get(name, ()):

@@ -25,8 +25,8 @@ from plprune.lit.strategies.base import Adapter
 from plprune.lit.strategies.engine import teardown
 from plprune.lit.strategies.filling import (
     described,
+    fill_groups,
     fill_part,
-    require_same_groups,
     require_same_tensors,
 )
 from plprune.lit.strategies.zero_state import (
@@ -196,9 +196,7 @@ def rebuild(
 def _fill_state(strategy: Any, root: nn.Module, saved: SavedState) -> None:
     engine, zero = strategy.model, strategy.model.optimizer
     engine.global_steps = int(saved.rest.get("global_step", 0))
-    require_same_groups(len(zero.param_groups), saved)
-    for group, there in zip(zero.param_groups, saved.groups, strict=True):
-        group.update({key: value for key, value in there.items() if key != "names"})
+    fill_groups(zero.param_groups, saved)
     named = list(trained(root))
     keys = saved.keys.get(named[0][0], ()) if named else ()
     if keys:
