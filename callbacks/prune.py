@@ -12,13 +12,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from plprune import cuts as planned
 from plprune.budget import Budget, require_objects
 from plprune.callbacks.statistics import Statistics
+from plprune.compensate import Compensation
 from plprune.count import count_params
 from plprune.cuts import Cut
+from plprune.drivers.compensated import Compensated
 from plprune.drivers.progressive import Progressive
-from plprune.errors import ConfigError
 from plprune.lit import carry, guard, lost, progress
+from plprune.lit.prune_settings import require_choices
 from plprune.lit.recipe import recipe_of, warn_changed
-from plprune.lit.recut import commit_masked, late_cut, require_cuttable
+from plprune.lit.recut import commit_masked, late_cut, require_cuttable, write_weights
 from plprune.lit.strategies import adapter_for
 from plprune.lit.watch import Watch
 from plprune.methods.base import Method
@@ -43,6 +45,7 @@ class Prune(Callback):
         commit: Commit = "every",
         optimizer_state: Literal["slice", "reset"] = "slice",
         statistics: Statistics | None = None,
+        compensation: Compensation | None = None,
         attribute: str | None = None,
     ) -> None:
         """Set up; nothing is touched before `fit`.
@@ -57,6 +60,8 @@ class Prune(Callback):
             optimizer_state: `slice` keeps the moments of what stays, `reset` drops all state at
                 each commit.
             statistics: what the method looks at; default a fresh calibration draw at each cut.
+            compensation: new weights at every cut for what reads from units that go; default
+                weights stay as they are.
             attribute: where the language model hangs in the module; default the only Hugging Face
                 model in it.
 
@@ -64,21 +69,10 @@ class Prune(Callback):
             ConfigError: for a method without budget, an unknown choice, or another class.
         """
         given = {Method: method, Budget: budget, Schedule: schedule, Statistics: statistics}
-        require_objects("prune", given)
-        if method is not None and budget is None:
-            raise ConfigError(
-                "a pruning method without a budget",
-                given=type(method).__name__,
-                fix="set prune.budget",
-            )
-        if not (commit in ("every", "last") or (isinstance(commit, int) and commit >= 1)):
-            raise ConfigError(
-                "unknown prune.commit", given=repr(commit), allowed="every, last, or a number >= 1"
-            )
-        if optimizer_state not in ("slice", "reset"):
-            raise ConfigError(
-                "unknown prune.optimizer_state", given=repr(optimizer_state), allowed="slice, reset"
-            )
+        require_objects("prune", {**given, Compensation: compensation})
+        require_choices(method, budget, commit, optimizer_state)
+        if method is not None and compensation is not None:
+            method = Compensated(method=method, compensation=compensation)
         self.method, self.budget = method, budget
         self.schedule, self.statistics = schedule or OneShot(), statistics or Statistics()
         self.commit, self.optimizer_state = commit, optimizer_state
@@ -221,6 +215,7 @@ class Prune(Callback):
             )
         else:
             progressive.mask(plan)
+            write_weights(trainer, progressive, plan)
         record = progressive.record(plan, trainer.global_step, before)
         if progressive.pending and self._commits(number):
             reset = self.optimizer_state == "reset"

@@ -145,9 +145,7 @@ class PruneReport(Callback):
         return Report(
             title=f"Pruning {Path(base).name or type(unwrap(model)).__name__}",
             base_model=base,
-            method="none"
-            if pruner is None
-            else f"{type(pruner.method).__name__} {pruner.method.hyper()}",
+            method="none" if pruner is None else f"{pruner.method.label} {pruner.method.hyper()}",
             asked=asked,
             got=got,
             protocol=protocol.protocol(trainer, pl_module, after),

@@ -33,6 +33,23 @@ def summed(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
+def sent(tensor: Tensor, owner: int) -> Tensor:
+    """What one rank holds, on all of them.
+
+    Args:
+        tensor: on `owner` the values, elsewhere any of the same shape and dtype.
+        owner: rank.
+
+    Returns:
+        Its values, on the device of `tensor`.
+    """
+    if world_size() == 1:
+        return tensor
+    moved = tensor.to(_reachable(tensor.device), copy=True).contiguous()
+    dist.broadcast(moved, owner)
+    return moved.to(tensor.device)
+
+
 def _reachable(device: torch.device) -> torch.device:
     """Where a collective can meet a tensor: NCCL moves no CPU tensors."""
     only_cuda = dist.get_backend() == "nccl" and device.type == "cpu"

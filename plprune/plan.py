@@ -38,7 +38,10 @@ class Mask:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Write:
-    """Replace the weight or the bias of a linear."""
+    """Replace the weight or the bias a linear computes with.
+
+    Under LoRA the base weight is set so that base and adapters together give it.
+    """
 
     module: str
     """Module path."""

@@ -142,10 +142,11 @@ def parameter_like(data: Tensor, like: nn.Parameter) -> nn.Parameter:
 
 
 def write(parameter: nn.Parameter, full: Tensor) -> None:
-    """Give a parameter that is not trained new values, on all ranks.
+    """Give a parameter new values, on all ranks.
 
     Args:
-        parameter: any parameter; of one that is trained under ZeRO a copy elsewhere would win.
+        parameter: any; one that ZeRO trains has a precise copy elsewhere that wins, see
+            `Adapter.write`.
         full: complete values, equal on all ranks.
     """
     sharded: Any = parameter

@@ -17,9 +17,9 @@ from plprune.errors import CheckpointError, PlanError
 from plprune.masks import LogicalMasks
 from plprune.methods.base import Method
 from plprune.observe import StatMap
-from plprune.plan import Keep, Plan
+from plprune.plan import Keep, Mask, Plan
 from plprune.spec import Lowered, Spec
-from plprune.surgery.apply import Applied, commit
+from plprune.surgery.apply import Applied, check_edits, commit
 from plprune.surgery.lower import lower
 from plprune.surgery.rebuild import plan_for, structure_of
 from plprune.unwrap import unwrap
@@ -80,12 +80,18 @@ class Progressive:
         """Take the plan's units out of the computation without touching a tensor.
 
         Args:
-            plan: made by `decide`.
+            plan: made by `decide`; weights that it writes are the strategy's business.
+
+        Raises:
+            PlanError: for edits that only a model outside `fit` can take.
         """
-        if any(not isinstance(edit, Keep) for edit in plan.edits):
+        after, before = check_edits(plan, self.spec).linears, self.spec.linears
+        new_biases = any(linear.bias and not before[n].bias for n, linear in after.items())
+        if new_biases or any(isinstance(edit, Mask) for edit in plan.edits):
             raise PlanError(
-                "only kept units can be masked",
-                given=f"a plan of {plan.method} that writes weights",
+                "this plan cannot be carried out while a model is trained",
+                given=f"a plan of {plan.method} that masks single weights or adds biases",
+                allowed="units to keep, and new values of weights and biases that exist",
             )
         self.spec = self.spec.cut(lower(plan, self.spec), physical=False)
         self.masks.attach(self.model, self.spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from plprune.methods.base import Method, View
 from plprune.observe import Observation, StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Plan
 from plprune.spec import Spec
-from plprune.surgery.linear_like import base_of, is_conv1d
+from plprune.surgery.written import bias_of, weight_of
 from plprune.unwrap import unwrap
 
 Batch = Mapping[str, Tensor]
@@ -110,16 +110,15 @@ def decide(
         The plan.
     """
     plain = unwrap(model)
-
-    def weight(name: str) -> Tensor:
-        base = base_of(plain.get_submodule(name))
-        tensor = cast(Tensor, base.weight).detach()
-        return tensor.T if is_conv1d(base) else tensor
-
     stats, calibration = seen
-    return dist.agree(
-        method.plan(View(spec=spec, stats=stats, weight=weight, calibration=calibration), budget)
+    view = View(
+        spec=spec,
+        stats=stats,
+        weight=lambda name: weight_of(plain.get_submodule(name)),
+        bias=lambda name: bias_of(plain.get_submodule(name)),
+        calibration=calibration,
     )
+    return dist.agree(method.plan(view, budget))
 
 
 def token_mask(inputs: Batch, skip_first: int) -> Tensor | None:

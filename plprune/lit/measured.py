@@ -208,7 +208,7 @@ def card(trainer: Trainer, base_model: str, pruner: Any, report: Any) -> dict[st
         _, got = asked_and_got(pruner)
         history = pruner.progressive.history
         values |= {
-            "method": type(pruner.method).__name__,
+            "method": pruner.method.label,
             "hyper": pruner.method.hyper(),
             "budget": pruner.budget.to_dict(),
             "got": {"parameters": got},

@@ -163,7 +163,7 @@ def _pruning(trainer: Trainer) -> Any:
     watched = pruner.statistics
     training = f"training passes of {watched.window} steps"
     return {
-        "method": f"{type(pruner.method).__name__} {_words(pruner.method.hyper())}".strip(),
+        "method": f"{pruner.method.label} {_words(pruner.method.hyper())}".strip(),
         "budget": _plain(pruner.budget.to_dict()),
         "schedule": str(pruner.schedule),
         "commit": pruner.commit,

@@ -20,7 +20,7 @@ def recipe_of(pruner: Any) -> dict[str, Any]:
     """
     method, budget = pruner.method, pruner.budget
     return {
-        "method": f"{type(method).__name__} {method.hyper()}" if method is not None else "none",
+        "method": f"{method.label} {method.hyper()}" if method is not None else "none",
         "budget": budget.to_dict() if budget is not None else None,
         "schedule": repr(pruner.schedule),
         "commit": str(pruner.commit),

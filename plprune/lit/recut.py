@@ -14,10 +14,12 @@ from plprune.drivers.whole import Batch
 from plprune.errors import PlanError
 from plprune.lit import guard
 from plprune.lit.strategies import adapter_for
+from plprune.plan import Plan
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied
 from plprune.surgery.linear_like import shape_of
 from plprune.surgery.state import check_kind, check_sliceable, cut_table
+from plprune.surgery.written import new_values
 from plprune.unwrap import unwrap
 
 
@@ -89,6 +91,20 @@ def late_cut(trainer: Trainer, progressive: Progressive) -> Callable[[Lowered], 
         return None
     adapter, model, dense = adapter_for(trainer.strategy), progressive.model, progressive.dense
     return lambda lowered: adapter.recut(trainer, model, dense, lowered, reset=True)
+
+
+def write_weights(trainer: Trainer, progressive: Progressive, plan: Plan) -> None:
+    """Give linears the weights a plan writes, wherever the strategy keeps copies of them.
+
+    Args:
+        trainer: running, at an optimizer-step boundary.
+        progressive: its model in the coordinates of the plan.
+        plan: other edits than `Write` are not looked at.
+    """
+    adapter = adapter_for(trainer.strategy)
+    adapter.rest(trainer)
+    for parameter, values in new_values(unwrap(progressive.model), plan):
+        adapter.write(trainer, parameter, values)
 
 
 def commit_masked(trainer: Trainer, progressive: Progressive, probe: Batch, *, reset: bool) -> None:

@@ -27,7 +27,9 @@ class View:
     stats: Mapping[Tap, Stat]
     """What its taps saw, summed over ranks."""
     weight: Callable[[str], Tensor]
-    """Module path -> [R, C] weight, read-only."""
+    """Module path -> [R, C] weight the model computes with, adapters included; read-only."""
+    bias: Callable[[str], Tensor]
+    """Module path -> [R] bias, of linears that have one; read-only."""
     calibration: str = ""
     """sha256 of the calibration tokens."""
 
@@ -75,6 +77,11 @@ class Method(ABC):
         """
         del spec, budget
         return None
+
+    @property
+    def label(self) -> str:
+        """Name in plans and reports."""
+        return type(self).__name__
 
     def hyper(self) -> dict[str, Any]:
         """Hyper-parameters as plain values, for the plan's hash and the report."""

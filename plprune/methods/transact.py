@@ -115,6 +115,7 @@ class TransAct(Method):
         ends = {
             piece.module
             for axis in spec.axes.values()
+            if axis.kind in self._kinds()
             for piece in axis.slices
             if piece.side == "in"
         }
@@ -133,8 +134,7 @@ class TransAct(Method):
         Raises:
             BudgetError: if no widths meet the budget, or it states widths of what is not cut.
         """
-        kinds: tuple[str, ...] = () if self.attention == "none" else (self.attention,)
-        kinds = (*kinds, "mlp") if self.mlp else kinds
+        kinds = self._kinds()
         for kind in budget.widths:
             # Kinds the model does not have are refused below, with those it has.
             if kind in spec.kinds() and kind not in kinds:
@@ -142,6 +142,10 @@ class TransAct(Method):
         if budget.keep is None:
             return fixed_widths(spec, budget)
         return uniform(spec, budget, kinds)
+
+    def _kinds(self) -> tuple[str, ...]:
+        kinds: tuple[str, ...] = () if self.attention == "none" else (self.attention,)
+        return (*kinds, "mlp") if self.mlp else kinds
 
     def _not_cut(self, kind: str, kinds: tuple[str, ...]) -> BudgetError:
         allow = "mlp: true" if kind == "mlp" else f"attention: {kind}"
@@ -167,7 +171,7 @@ class TransAct(Method):
         return Plan(
             edits=tuple(edits),
             fingerprint=view.spec.fingerprint,
-            method=type(self).__name__,
+            method=self.label,
             hyper=self.hyper(),
             asked=budget,
             got={kind: tuple(per_block) for kind, per_block in widths.items()},

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from plprune.errors import PlanError
 from plprune.families.base import Family
 from plprune.plan import Keep, Mask, Plan, Write
-from plprune.sharded import parameter_like
+from plprune.sharded import parameter_like, write
 from plprune.spec import Entry, Lowered, Spec
 from plprune.surgery.linear_like import base_of, is_conv1d, is_lora, refresh_sizes
 from plprune.surgery.lower import lower
 from plprune.surgery.state import CutTable, Swap, cut, cut_table
+from plprune.surgery.written import new_values
 from plprune.unwrap import family_of, unwrap
 
 
@@ -49,7 +50,7 @@ def apply(model: nn.Module, plan: Plan, spec: Spec) -> Applied:
     """
     lowered = lower(plan, spec)
     plain = unwrap(model)
-    spec = _check_edits(plan, spec)
+    spec = check_edits(plan, spec)
     _check_shared(plain, cut_table(plain, kept_entries(spec, lowered)))
     _write(plain, plan)
     return commit(plain, spec, lowered)
@@ -138,8 +139,19 @@ def _check_shared(model: nn.Module, table: CutTable) -> None:
                 )
 
 
-def _check_edits(plan: Plan, spec: Spec) -> Spec:
-    """Refuse edits that fit no linear; the spec with the biases the plan adds."""
+def check_edits(plan: Plan, spec: Spec) -> Spec:
+    """Refuse edits that fit no linear.
+
+    Args:
+        plan: any.
+        spec: of the model.
+
+    Returns:
+        The spec with the biases the plan adds.
+
+    Raises:
+        PlanError: naming the linear.
+    """
     linears = dict(spec.linears)
     for edit in plan.edits:
         if isinstance(edit, Keep):
@@ -166,15 +178,11 @@ def _check_edits(plan: Plan, spec: Spec) -> Spec:
 
 
 def _write(model: nn.Module, plan: Plan) -> None:
+    for parameter, values in new_values(model, plan):
+        write(parameter, values)
     for edit in plan.edits:
-        if isinstance(edit, Write):
-            base = base_of(model.get_submodule(edit.module))
-            with torch.no_grad():
-                if edit.weight is not None:
-                    weight = cast(nn.Parameter, base.weight)
-                    weight.copy_(edit.weight.T if is_conv1d(base) else edit.weight)
-                if edit.bias is not None:
-                    _write_bias(base, edit.bias)
+        if isinstance(edit, Write) and edit.bias is not None:
+            _add_bias(base_of(model.get_submodule(edit.module)), edit.bias)
     for edit in plan.edits:
         if isinstance(edit, Mask):
             base = base_of(model.get_submodule(edit.module))
@@ -184,15 +192,12 @@ def _write(model: nn.Module, plan: Plan) -> None:
                 weight.mul_(keep.to(weight.device, weight.dtype))
 
 
-def _write_bias(base: nn.Module, bias: Tensor) -> None:
+def _add_bias(base: nn.Module, bias: Tensor) -> None:
     weight = cast(nn.Parameter, base.weight)
-    old = cast("nn.Parameter | None", base.bias)
-    if old is None:
+    if cast("nn.Parameter | None", base.bias) is None:
         base.bias = nn.Parameter(
             bias.to(weight.device, weight.dtype), requires_grad=weight.requires_grad
         )
-    else:
-        old.copy_(bias)
 
 
 def _dora_norms(model: nn.Module, keep: Lowered) -> dict[tuple[str, str], Tensor]:

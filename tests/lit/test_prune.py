@@ -10,6 +10,7 @@ import tiny
 from fitting import User, Validated, fit, gap, hashes, linear, prune, weights
 from oracles import close
 from plprune import masks
+from plprune.compensate import LeastSquares
 from plprune.errors import ConfigError, PlanError
 from plprune.schedule import Cubic, Explicit, Linear, OneShot, TransActRamp
 
@@ -35,6 +36,19 @@ def test_when_tensors_shrink_does_not_matter(name: str, commit: Any) -> None:
     )
     assert now.net.model.layers[0].mlp.down_proj.in_features < tiny.FFN
     assert now.net.config.num_key_value_heads == 2
+
+
+def test_refitted_weights_are_trained_on() -> None:
+    """Cut at once or masked until the end: the same losses, other ones than without refitting."""
+    now, pruner = run(compensation=LeastSquares())
+    later, other = run(compensation=LeastSquares(), commit="last")
+    plain, _ = run()
+    assert gap(now.losses, later.losses) < 1e-9
+    close(weights(now), weights(later))
+    assert gap(now.losses[:2], plain.losses[:2]) == 0  # the first cut is after step 2
+    assert gap(now.losses[2:], plain.losses[2:]) > 1e-3
+    methods = {entry["method"] for p in (pruner, other) for entry in p.progressive.history}
+    assert methods == {"TransAct + LeastSquares"}
 
 
 def test_lost_moments_are_noticed() -> None:

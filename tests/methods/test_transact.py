@@ -183,7 +183,11 @@ def test_ties_go_to_the_lower_index():
         tap: Energy(n=torch.tensor(1.0), xx_C=torch.ones(spec.linears[tap.module].cols))
         for tap in method.taps(spec)
     }
-    view = View(spec=spec, stats=stats, weight=lambda name: pytest.fail(f"looked at {name}"))
+
+    def look(name):
+        return pytest.fail(f"looked at {name}")
+
+    view = View(spec=spec, stats=stats, weight=look, bias=look)
     plan = method.plan(view, Budget(widths={"kv_group": 2, "mlp": 3}))
     assert kept(plan, "layers.0.kv_group") == [0, 1]
     assert kept(plan, "layers.1.mlp") == [0, 1, 2]

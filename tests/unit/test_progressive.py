@@ -14,7 +14,7 @@ from plprune.describe import describe
 from plprune.drivers.progressive import Progressive, probe_loss, score_summary
 from plprune.errors import CheckpointError, PlanError, StructureError
 from plprune.methods.transact import TransAct
-from plprune.plan import Plan, Write
+from plprune.plan import Mask, Plan, Write
 from plprune.surgery.apply import commit
 
 
@@ -110,14 +110,28 @@ def test_damaged_and_foreign_structures_are_refused() -> None:
         Progressive(tiny.model()).restore(state)
 
 
-def test_only_kept_units_can_be_masked() -> None:
-    progressive = Progressive(tiny.model())
-    edit = Write(module="model.layers.0.mlp.down_proj", weight=torch.zeros(48, 40))
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Mask(module="model.layers.0.mlp.down_proj", keep=torch.ones(48, 40, dtype=torch.bool)),
+        Write(module="model.layers.0.mlp.down_proj", bias=torch.zeros(48)),
+    ],
+)
+def test_edits_that_training_could_not_follow_are_refused(edit: Any) -> None:
+    progressive = Progressive(tiny.model("llama-gqa"))
     plan = Plan(edits=(edit,), fingerprint=progressive.spec.fingerprint, method="OBS")
     with pytest.raises(
-        PlanError, match="only kept units can be masked: given a plan of OBS that writes weights"
+        PlanError,
+        match=r"a plan of OBS that masks single weights or adds biases.*biases that exist",
     ):
         progressive.mask(plan)
+    assert not progressive.pending
+
+
+def test_new_biases_are_taken_where_there_are_some() -> None:
+    progressive = Progressive(tiny.model("llama-gqa-bias"))
+    edit = Write(module="model.layers.0.mlp.down_proj", bias=torch.zeros(48))
+    progressive.mask(Plan(edits=(edit,), fingerprint=progressive.spec.fingerprint, method="OBS"))
 
 
 def test_another_cut_than_the_masked_one_is_noticed() -> None:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from plprune import sharded
 from plprune.errors import PlanError
 from plprune.lit.saved.state import SavedState
 from plprune.lit.strategies.filling import described
@@ -137,6 +138,17 @@ class Adapter(ABC):
         Returns:
             Spec after the cut and the replaced parameters.
         """
+
+    def write(self, trainer: Trainer, parameter: nn.Parameter, full: Tensor) -> None:
+        """Give a parameter new values in every copy that training has of it.
+
+        Args:
+            trainer: running, after `rest`.
+            parameter: of the module, trained or not.
+            full: complete values, equal on all ranks.
+        """
+        del trainer
+        sharded.write(parameter, full)
 
     def rest(self, trainer: Trainer) -> None:
         """Bring the parameters that training owns back into the modules, before these change.

@@ -140,6 +140,13 @@ class ZeROAdapter(Adapter):
         rebuild(trainer, lambda: done.append(commit(model, spec, lowered)), cuts, reset=reset)
         return done[0]
 
+    def write(self, trainer: Trainer, parameter: nn.Parameter, full: Tensor) -> None:
+        """Masters as well: the next step would bring their values back."""
+        optimizers: Any = trainer.strategy.optimizers
+        if optimizers and parameter in known(optimizers[0]):
+            put(parameter, MASTER, full.to(trainer.strategy.root_device, torch.float32))
+        super().write(trainer, parameter, full)
+
     def finish(self, trainer: Trainer) -> None:
         """Build an engine without optimizer: masters of a merged model would be all of it again."""
         strategy: Any = trainer.strategy

@@ -1,0 +1,131 @@
+"""Repair what reads from units that go, so that it gives what it gave before, without training.
+
+Legend: R rows, C columns of a consumer (attention output, down projection), K columns that stay,
+D columns that go. Sums run over N calibration tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from plprune.budget import require_numbers
+from plprune.errors import ConfigError, PlanError
+from plprune.stats.base import Stat
+from plprune.stats.gram import Gram
+
+
+class Compensation(ABC):
+    """What follows a structured selection. Subclasses are frozen dataclasses."""
+
+    stat: ClassVar[type[Stat]]
+    """What it must know of the inputs of a linear that loses some of them."""
+
+    @abstractmethod
+    def solve(
+        self, weight_RC: Tensor, bias_R: Tensor | None, seen: Stat, keep_C: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """New weights of one linear.
+
+        Args:
+            weight_RC: [R, C] as it is.
+            bias_R: [R], or None without one.
+            seen: of class `stat`, sums over calibration tokens.
+            keep_C: [C] bool, inputs that stay; at least one goes.
+
+        Returns:
+            [R, C] and [R] or None, any float dtype; what columns that go hold does not matter.
+
+        Raises:
+            PlanError: if there is no solution.
+        """
+
+    def hyper(self) -> dict[str, Any]:
+        """Settings as plain values."""
+        return {f.name: getattr(self, f.name) for f in fields(cast(Any, self))}
+
+
+def refit(weight_RC: Tensor, second_CC: Tensor, keep_C: Tensor, ridge: float) -> Tensor:
+    """Weights on the inputs that stay, so that the output changes least.
+
+    Minimises, over W', the sum over tokens of |W x - W' x_K|^2 plus d |W' - W_K|^2 with
+    d = ridge * mean(diag G_KK):
+
+        W' = W_K + W_D G_DK (G_KK + d I)^-1
+
+    Without ridge this is W G_{:,K} G_KK^-1, the optimum of optimal brain surgery for the whole
+    set of inputs at once (Hassibi and Stork 1993; for structures: SlimGPT, arXiv 2412.18110).
+
+    Args:
+        weight_RC: [R, C] as it is.
+        second_CC: [C, C] sums of x x^T, or of the centred x, over tokens.
+        keep_C: [C] bool.
+        ridge: > 0, share of the mean diagonal.
+
+    Returns:
+        [R, C] float64; columns that go are as they were.
+
+    Raises:
+        PlanError: if the system cannot be solved.
+    """
+    W, G = weight_RC.double(), second_CC.double()
+    stay, go = torch.nonzero(keep_C)[:, 0], torch.nonzero(~keep_C)[:, 0]
+    G_DK, G_KK = G[go][:, stay], G[stay][:, stay]
+    scale = G_KK.diagonal().mean()
+    new = W.clone()
+    if float(scale) > 0:  # otherwise nothing that stays ever speaks: there is nothing to lean on
+        G_KK.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(G_KK)
+        if int(failed) != 0:
+            raise PlanError(
+                "the least-squares system is not positive definite",
+                given=f"{len(stay)} inputs, ridge {ridge}",
+                fix="raise compensation.ridge, or use more calibration tokens",
+            )
+        new[:, stay] += torch.cholesky_solve((W[:, go] @ G_DK).T, factor).T
+    return new
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastSquares(Compensation):
+    """Refit every consumer on the inputs that stay; the bias, where there is one, with it.
+
+    A linear with bias is refitted on centred inputs and its bias takes up the mean that is lost,
+    b' = b + W mean(x) - W' mean(x_K), which contains the bias compensation of FLAP (arXiv
+    2312.11983) and is optimal together with W'. A linear without bias stays one.
+    """
+
+    stat: ClassVar[type[Stat]] = Gram
+    ridge: float = 0.01
+    """Pull towards the weights as they were, as a share of the mean squared input."""
+
+    def __post_init__(self) -> None:
+        """Check the ridge.
+
+        Raises:
+            ConfigError: unless it is above 0.
+        """
+        require_numbers(self, "compensation")
+        if not 0 < self.ridge < float("inf"):
+            raise ConfigError(
+                "compensation.ridge is out of range", given=str(self.ridge), allowed="above 0"
+            )
+
+    def solve(
+        self, weight_RC: Tensor, bias_R: Tensor | None, seen: Stat, keep_C: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `refit`; float64 values."""
+        gram = cast(Gram, seen)
+        # Small beside the solving, and the sums are kept on the CPU.
+        weight_RC = weight_RC.to(gram.n.device).double()
+        if bias_R is None:
+            return refit(weight_RC, gram.xx_CC, keep_C, self.ridge), None
+        mean_C = gram.x_C / gram.n
+        centred_CC = gram.xx_CC - gram.n * torch.outer(mean_C, mean_C)
+        new_RC = refit(weight_RC, centred_CC, keep_C, self.ridge)
+        lost_R = weight_RC @ mean_C - new_RC[:, keep_C] @ mean_C[keep_C]
+        return new_RC, bias_R.to(gram.n.device).double() + lost_R

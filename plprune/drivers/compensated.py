@@ -1,0 +1,84 @@
+"""A method whose cuts are compensated: selection by one, new weights by the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from plprune import dist
+from plprune.budget import Budget
+from plprune.compensate import Compensation
+from plprune.methods.base import Method, View
+from plprune.plan import Plan, Write
+from plprune.spec import Spec
+from plprune.stats.base import Tap
+from plprune.surgery.lower import lower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compensated(Method):
+    """Let a method decide what goes, and refit what reads from it."""
+
+    method: Method
+    """Selects."""
+    compensation: Compensation
+    """Writes."""
+
+    @property
+    def skip_first_tokens(self) -> int:  # type: ignore[override]
+        """That of the method."""
+        return self.method.skip_first_tokens
+
+    @property
+    def label(self) -> str:
+        """Both names."""
+        return f"{self.method.label} + {type(self.compensation).__name__}"
+
+    def taps(self, spec: Spec) -> tuple[Tap, ...]:
+        """What the method needs, and a statistic of every input it can take units from."""
+        selects = self.method.taps(spec)
+        ends = {p.module for a in spec.axes.values() for p in a.slices if p.side == "in"}
+        looked_at = ends & {tap.module for tap in selects} or ends
+        stat = self.compensation.stat
+        return (*selects, *(Tap(module=n, stat=stat) for n in spec.linears if n in looked_at))
+
+    def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]] | None:
+        """Those of the method."""
+        return self.method.widths(spec, budget)
+
+    def hyper(self) -> dict[str, Any]:
+        """Those of both."""
+        own = {"class": type(self.compensation).__name__, **self.compensation.hyper()}
+        return {**self.method.hyper(), "compensation": own}
+
+    def plan(self, view: View, budget: Budget) -> Plan:
+        """The method's plan, and a `Write` for every linear that loses inputs."""
+        plan = self.method.plan(view, budget)
+        edits = (*plan.edits, *self._writes(view, plan))
+        return replace(plan, edits=edits, method=self.label, hyper=self.hyper())
+
+    def _writes(self, view: View, plan: Plan) -> Iterator[Write]:
+        losing = (
+            (module, keep)
+            for (module, side), keep in lower(plan, view.spec).items()
+            if side == "in" and not bool(keep.all())
+        )
+        for number, (module, keep) in enumerate(losing):
+            # Divided weights are put together by all ranks; then they take turns with the solving.
+            weight = view.weight(module)
+            bias = view.bias(module) if view.spec.linears[module].bias else None
+            seen = view.stats[Tap(module=module, stat=self.compensation.stat)]
+            new_weight, new_bias = weight, bias
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            owner = number % dist.world_size()
+            with dist.together():
+                if dist.rank() == owner:
+                    new_weight, new_bias = self.compensation.solve(weight, bias, seen, keep)
+            yield Write(
+                module=module,
+                weight=dist.sent(new_weight.to(exact), owner),
+                bias=None if new_bias is None else dist.sent(new_bias.to(exact), owner),
+            )

@@ -1,0 +1,96 @@
+"""Weights as a model computes with them, and how a linear comes to compute with others.
+
+Legend: R rows, C columns of a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from plprune.errors import PlanError
+from plprune.plan import Plan, Write
+from plprune.sharded import whole
+from plprune.surgery.linear_like import base_of, is_conv1d, is_lora
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight a linear computes with, adapters included; collective for divided weights.
+
+    Args:
+        module: Linear, Conv1D, or a peft LoRA layer around one.
+
+    Returns:
+        [R, C], detached; of a plain linear the weight itself.
+
+    Raises:
+        PlanError: under DoRA, whose scale is a norm over all columns.
+    """
+    base = base_of(module)
+    stored = whole(cast(Tensor, base.weight)).detach()
+    weight_RC = stored.T if is_conv1d(base) else stored
+    delta = _adapters(module)
+    if delta is None:
+        return weight_RC
+    # Rounded to bfloat16 the sum would lose what the adapters learnt.
+    exact = torch.promote_types(weight_RC.dtype, torch.float32)
+    return (weight_RC.double() + delta).to(exact)
+
+
+def bias_of(module: nn.Module) -> Tensor:
+    """[R] bias of a linear that has one; collective for divided weights."""
+    return whole(cast(Tensor, base_of(module).bias)).detach()
+
+
+def new_values(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """What the `Write` edits of a plan change; collective for divided weights.
+
+    Args:
+        model: plain Hugging Face model, in the coordinates of the plan.
+        plan: biases that do not exist yet are left out.
+
+    Yields:
+        Parameters and their complete new values.
+
+    Raises:
+        PlanError: as `weight_of`.
+    """
+    for edit in plan.edits:
+        if not isinstance(edit, Write):
+            continue
+        module = model.get_submodule(edit.module)
+        base = base_of(module)
+        parameter = cast(nn.Parameter, base.weight)
+        if edit.weight is not None:
+            delta = _adapters(module)
+            values = edit.weight
+            if delta is not None:
+                values = values.to(delta.device).double() - delta
+            yield parameter, (values.T if is_conv1d(base) else values).to(parameter.dtype)
+        if edit.bias is not None and base.bias is not None:
+            yield cast(nn.Parameter, base.bias), edit.bias.to(parameter.dtype)
+
+
+def _adapters(module: nn.Module) -> Tensor | None:
+    """[R, C] float64 that active adapters add to the base weight; None if there are none."""
+    layer: Any = module
+    if not is_lora(module) or layer.merged or layer.disable_adapters:
+        return None
+    total: Tensor | None = None
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        if name in getattr(layer, "lora_magnitude_vector", {}):
+            raise PlanError(
+                "weights under DoRA adapters cannot be refitted",
+                given="use_dora: true",
+                allowed="LoRA without it, or no compensation",
+                fix="leave lora.config.use_dora out, or start the adapters after the cuts",
+            )
+        up, down = (whole(getattr(layer, f"lora_{x}")[name].weight).detach() for x in "BA")
+        delta = layer.scaling[name] * (up.double() @ down.double())
+        total = delta if total is None else total + delta
+    return total
