@@ -17,7 +17,7 @@ from plprune.export import save_hf
 from plprune.export_card import CardInfo
 from plprune.lit import guard, measured
 from plprune.load import STRUCTURE_FILE, load_tokenizer
-from plprune.lora import any_adapter
+from plprune.lora import Injected
 from plprune.sharded import any_sharded
 from plprune.surgery.rebuild import structure_of
 from plprune.unwrap import find_model, unwrap
@@ -66,9 +66,6 @@ class ExportHF(Callback):
         """Refuse a target that cannot be written before hours of training."""
         if stage == "fit":
             guard.require_last(trainer, self)
-            callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            if any(getattr(callback, "merge_at_end", True) is False for callback in callbacks):
-                raise _unmerged()
             with together():
                 if trainer.is_global_zero:
                     require_writable(
@@ -88,8 +85,6 @@ class ExportHF(Callback):
         model: Any = unwrap(find_model(pl_module, self.attribute))
         if trainer.interrupted:
             return
-        if any_adapter(model):
-            raise _unmerged()
         if any_sharded(model.parameters()):
             self._write(trainer, pl_module, model)  # all ranks help
             return
@@ -113,6 +108,7 @@ class ExportHF(Callback):
             overwrite=self.overwrite,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
             mode=self.mode,
+            adapters=_adapters(trainer, model),
         )
         log.info("exported to %s", self.written)
 
@@ -143,10 +139,11 @@ class ExportHF(Callback):
         return load_tokenizer(name)
 
 
-def _unmerged() -> ExportError:
-    return ExportError(
-        "the model still has adapters", given="lora.merge: false", fix="set lora.merge: true"
-    )
+def _adapters(trainer: Trainer, model: Any) -> Injected | None:
+    """Adapters that stay beside the base: `lora.merge: false`."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found = (getattr(callback, "injected", None) for callback in callbacks)
+    return next((one for one in found if one is not None and one.model is model), None)
 
 
 def require_writable(directory: Path, *, overwrite: bool, ours: Callable[[set[str]], bool]) -> None:

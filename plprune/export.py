@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,17 +17,23 @@ from typing_extensions import Unpack
 
 from plprune import dist
 from plprune.describe import describe
-from plprune.errors import ExportError, first_line
+from plprune.errors import ExportError
 from plprune.export_card import CardInfo, card_text
 from plprune.export_config import MODELING_FILE, Mode, Target, modeling_source, target_for
+from plprune.export_folder import staging
 from plprune.export_weights import bytes_of, dtype_of, is_tied, tensors_of, write_shards
 from plprune.files import write_json
 from plprune.load import STRUCTURE_ATTRIBUTE, STRUCTURE_FILE
+from plprune.lora import Injected
+from plprune.lora_files import adapter_state, save_adapter
 from plprune.sharded import any_sharded
 from plprune.spec import Spec
 from plprune.unwrap import family_of, unwrap
 
 __all__ = ["CardInfo", "Extras", "save_hf"]
+
+ADAPTERS = "adapter"
+"""Folder of adapters that are not merged, in the export of their base."""
 
 
 class Extras(TypedDict, total=False):
@@ -46,6 +51,8 @@ class Extras(TypedDict, total=False):
     """Number format of the weights; each tensor's own by default."""
     read: Callable[[str], Tensor] | None
     """Where the tensors of a model on the meta device are: complete ones by name."""
+    adapters: Injected | None
+    """LoRA adapters in the model: the base is written, and they go into a folder beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,7 @@ class _Chosen:
     max_shard_bytes: float = 5e9
     dtype: torch.dtype | None = None
     read: Callable[[str], Tensor] | None = None
+    adapters: Injected | None = None
 
 
 def save_hf(
@@ -100,21 +108,39 @@ def save_hf(
     _check_model(plain, spec, structure)
     _check_reports(chosen.report_files)
     shared = any_sharded(plain.parameters())
+    factors = None if chosen.adapters is None else adapter_state(plain)
     writes = not shared or dist.rank() == 0
-    staging = _staging(target_dir, overwrite=overwrite) if writes else contextlib.nullcontext()
+    folder = staging(target_dir, overwrite=overwrite) if writes else contextlib.nullcontext()
     with contextlib.ExitStack() as stack:
         with dist.together() if shared else contextlib.nullcontext():
-            work = stack.enter_context(staging)
+            work = stack.enter_context(folder)
         with dist.together() if shared else contextlib.nullcontext():
-            tensors = tensors_of(plain, dtype=chosen.dtype, elsewhere=chosen.read is not None)
+            tensors = _tensors(plain, chosen)
             target = target_for(plain, spec, tensors, mode=mode, tied=is_tied(plain))
-            info = replace(card or CardInfo(), name=(card and card.name) or target_dir.name)
+            info = _named(card or CardInfo(), target_dir, chosen)
             if work is not None:
                 _fill(work, plain, structure, target, tensors, info, chosen)
+        with dist.together() if shared else contextlib.nullcontext():
+            if work is not None and chosen.adapters is not None:
+                save_adapter(chosen.adapters, work / ADAPTERS, spec, factors)
         # Last, because it takes longest: whatever can fail quickly has failed by now.
         limit = chosen.max_shard_bytes
         write_shards(work, tensors, target.zeros, chosen.dtype, limit, read=chosen.read)
     return target_dir
+
+
+def _tensors(model: nn.Module, chosen: _Chosen) -> dict[str, Tensor]:
+    return tensors_of(
+        model,
+        dtype=chosen.dtype,
+        elsewhere=chosen.read is not None,
+        base_only=chosen.adapters is not None,
+    )
+
+
+def _named(card: CardInfo, folder: Path, chosen: _Chosen) -> CardInfo:
+    adapters = "" if chosen.adapters is None else ADAPTERS
+    return replace(card, name=card.name or folder.name, adapters=adapters)
 
 
 def _check_model(model: nn.Module, spec: Spec, structure: Mapping[str, Any]) -> None:
@@ -229,62 +255,3 @@ def _taken(name: str) -> ExportError:
         allowed="a plain file name that the export does not use itself",
         fix="rename it in report_files",
     )
-
-
-@contextlib.contextmanager
-def _staging(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the target that takes its place when the block ends well."""
-    _check_target(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise ExportError(
-            "cannot write beside the export's target",
-            given=f"{target.parent} ({error.strerror})",
-            allowed="a folder this process may write to",
-            fix="choose another directory, or change its permissions",
-        ) from error
-    from safetensors import SafetensorError
-
-    try:
-        work = room / target.name  # made here, it gets ordinary permissions; mkdtemp's are private
-        work.mkdir()
-        yield work
-        _check_target(target, overwrite=overwrite)  # it may have appeared meanwhile
-        if target.exists():
-            target.rename(room / "replaced")
-        try:
-            work.rename(target)
-        except OSError:
-            if (room / "replaced").exists():
-                (room / "replaced").rename(target)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise ExportError(
-            "the export could not be written",
-            given=first_line(error),
-            fix="check disk space and permissions, then export again; the target is as it was",
-        ) from error
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
-
-
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    if not (target.exists() or target.is_symlink()):
-        return
-    if not overwrite:
-        raise ExportError(
-            "the export's target exists",
-            given=str(target),
-            allowed="a new folder",
-            fix="choose another directory, or replace this one with --overwrite (overwrite: true)",
-        )
-    ours = target.is_dir() and not target.is_symlink()
-    if not ours or (any(target.iterdir()) and not (target / STRUCTURE_FILE).is_file()):
-        raise ExportError(
-            "will not overwrite something that is no export of plprune",
-            given=str(target),
-            allowed=f"a folder with {STRUCTURE_FILE}, or an empty one",
-            fix="choose another directory, or remove this one yourself",
-        )

@@ -45,6 +45,8 @@ class CardInfo:
     """Perplexity of the dense model under the same protocol."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Other scores by name."""
+    adapters: str = ""
+    """Folder in the export with LoRA adapters that are not merged."""
 
     def facts(self) -> dict[str, Any]:
         """What goes into the structure file, empty values left out."""
@@ -81,6 +83,7 @@ def card_text(
         "## Scores\n\n" + _scores(info),
         "## Loading\n\n"
         + _loading(info.name, family, target.mode == "per_layer", target.architecture),
+        _adapters(info),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -92,7 +95,8 @@ def _front_matter(info: CardInfo) -> str:
     if info.licence:
         lines["license"] = info.licence
     lines |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    lines["tags"] = ["pruned", "plprune", *([info.method.lower()] if info.method else [])]
+    methods = [part.lower() for part in info.method.split(" + ") if part]
+    lines["tags"] = ["pruned", "plprune", *methods]
     if info.perplexity is not None:
         data = info.dataset or "unnamed"
         result = {
@@ -193,6 +197,17 @@ def _loading(name: str, family: Family, per_layer: bool, architecture: str) -> s
         f"this folder does it (`{architecture}`, on top of transformers' own); plprune is not "
         "needed. vLLM: Transformers backend with `--trust-remote-code`.\n\n"
         f"PEFT does not know the model type: give `target_modules={json.dumps(targets)}`."
+    )
+
+
+def _adapters(info: CardInfo) -> str:
+    if not info.adapters:
+        return ""
+    return (
+        "## Adapters\n\nThe weights are those of the base; the LoRA adapters trained on them "
+        f"are in `{info.adapters}/`, and scores above are with them:\n\n```python\n"
+        "from peft import PeftModel\n\n"
+        f'model = PeftModel.from_pretrained(model, "{info.name}/{info.adapters}")\n```'
     )
 
 

@@ -40,7 +40,11 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def tensors_of(
-    model: nn.Module, *, dtype: torch.dtype | None, elsewhere: bool = False
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None,
+    elsewhere: bool = False,
+    base_only: bool = False,
 ) -> dict[str, Tensor]:
     """Every tensor to be written, checked; a tied output head appears once, as the embedding.
 
@@ -48,6 +52,7 @@ def tensors_of(
         model: plain Hugging Face model.
         dtype: number format of floating-point tensors in the files; `None` keeps each tensor's own.
         elsewhere: the weights of a model on the meta device are looked at when they are read.
+        base_only: leave LoRA adapters out; without them they are refused.
 
     Returns:
         Tensors by name, not copied and not converted yet.
@@ -56,7 +61,7 @@ def tensors_of(
         ExportError: for LoRA adapters, tensors without data, and numbers that are not finite.
     """
     adapters = [name for name, _ in model.named_parameters() if is_adapter_parameter(name)]
-    if adapters:
+    if adapters and not base_only:
         raise ExportError(
             "the model still has adapters",
             given=f"{adapters[0]} and {len(adapters) - 1} more",
@@ -64,7 +69,12 @@ def tensors_of(
             fix="merge them first: model = model.merge_and_unload()",
         )
     skipped = f"{family_of(model).head}.weight" if is_tied(model) else ""
-    tensors = {name: t for name, t in state_of(model).items() if name != skipped}
+    tensors = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in state_of(model).items()
+        if not is_adapter_parameter(name)
+    }
+    tensors.pop(skipped, None)
     for name, tensor in tensors.items():
         if not (elsewhere and tensor.is_meta and tensor.numel()):
             _check(name, tensor, dtype)

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 
 import fitting
 import strategy_runs as runs
+import tiny
 from plprune.callbacks import ExportHF, LoRARecovery, PruneReport, SizeMonitor
 from ranks import RankError
 from strategy_runs import everything, on_ranks
@@ -46,6 +47,30 @@ def test_exports_adapters_and_reports_are_those_of_one(name: str, tmp_path: Path
     assert reports[0]["sizes"] == reports[1]["sizes"]
     curves = [torch.tensor(report["curves"][0]["value"]) for report in reports]
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-5, atol=1e-5)
+
+
+@every_strategy
+def test_adapters_of_divided_weights_load_with_peft_alone(name: str, tmp_path: Path):
+    """Base and adapters written apart are, for peft, what the merged export is."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for merge in (True, False):
+        callbacks = lambda: [  # noqa: E731
+            fitting.prune(),
+            LoRARecovery({"r": 3}, merge=merge),  # noqa: B023
+            ExportHF(str(tmp_path / str(merge)), tokenizer="none"),  # noqa: B023
+        ]
+        torch.manual_seed(0)
+        on_ranks(name, callbacks=callbacks, optimizer="one group")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "True", dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "False", dtype=torch.float32).eval()
+    ids = tiny.tokens()
+    with torch.no_grad():
+        expected, without = merged(ids).logits, base(ids).logits
+        found = PeftModel.from_pretrained(base, tmp_path / "False" / "adapter").eval()
+        torch.testing.assert_close(found(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(without, expected, atol=1e-3)
 
 
 @every_strategy

@@ -190,6 +190,26 @@ def test_exports_of_a_run_with_adapters_are_plain(tmp_path: Path) -> None:
     assert export.written == tmp_path / "out"
 
 
+@pytest.mark.parametrize("name", ["plain", "dora"])
+def test_adapters_that_are_not_merged_are_exported_beside_their_base(
+    name: str, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    module, out = User(dtype=torch.float32), tmp_path / "out"
+    export = ExportHF(str(out), tokenizer="none")
+    fit(module, [prune(), LoRARecovery(ADAPTERS[name], merge=False), export])
+    base = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = tiny.tokens()
+    with torch.no_grad():
+        expected = module.net.eval()(ids).logits
+        assert not torch.allclose(base(ids).logits, expected, atol=1e-3)
+        found = PeftModel.from_pretrained(base, out / "adapter").eval()
+        torch.testing.assert_close(found(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert "`adapter/`" in (out / "README.md").read_text()
+
+
 @pytest.mark.parametrize("wrong", [{"rank": 3}, {"r": 0}, {"target_modules": ["nowhere"]}])
 def test_what_peft_refuses_is_passed_on(wrong: dict[str, Any]) -> None:
     with pytest.raises(

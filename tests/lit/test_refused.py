@@ -399,15 +399,6 @@ def test_targets_that_exist_are_refused_before_training(kind: str, tmp_path: Any
         fit(module, [prune(), made()])
 
 
-def test_adapters_that_stay_cannot_be_exported(tmp_path: Any) -> None:
-    module = User()
-    with pytest.raises(
-        ExportError, match=r"the model still has adapters: given lora\.merge: false; fix: set lora"
-    ):
-        fit(module, [LoRARecovery({"r": 2}, merge=False), ExportHF(str(tmp_path / "out"))])
-    assert module.losses == []
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Any) -> None:
     model = tiny.model(dtype=torch.float32)
     with torch.no_grad():

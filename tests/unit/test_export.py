@@ -19,7 +19,7 @@ from torch import nn
 
 import oracles
 import tiny
-from plprune import export, export_config
+from plprune import export, export_config, export_folder
 from plprune.describe import describe
 from plprune.errors import ExportError
 from plprune.export import CardInfo, save_hf
@@ -759,7 +759,7 @@ def test_refuses_an_impossible_parent(
     refuse(made, tmp_path / "file" / "out", "cannot write beside the export's target: given ")
     # A superuser may write anywhere, so the read-only folder is a simulated one.
     monkeypatch.setattr(
-        export.tempfile, "mkdtemp", raising(PermissionError(13, "Permission denied"))
+        export_folder.tempfile, "mkdtemp", raising(PermissionError(13, "Permission denied"))
     )
     refuse(
         made,
