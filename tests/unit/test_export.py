@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -440,7 +441,7 @@ def test_sidecar_and_card(tmp_path: Path):
     assert {k: structure[k] for k in made.structure} == made.structure
     assert structure["export"] == "per_layer"
     assert (structure["method"], structure["seed"], structure["data_hash"]) == ("Wanda", 3, "abc")
-    assert structure["versions"]["torch"] == torch.__version__
+    assert structure["versions"]["torch"] == version("torch")
     _, front, body = (out / "README.md").read_text().split("---\n", 2)
     meta = yaml.safe_load(front)
     assert (meta["base_model"], meta["base_model_relation"]) == ("org/base", "finetune")
