@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plprune import select
 from plprune.errors import PlanError
-from plprune.select import top_units
+from plprune.select import lowest_of_all, lowest_per_row, n_of_m, top_units
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,74 @@ def test_counts_that_do_not_fit(keep: int, group: list[int] | None):
         match=f"cannot keep that many units: given {keep} of 4 in {groups} groups; allowed",
     ):
         top_units(torch.ones(4), keep, labels)
+
+
+# --- single weights ------------------------------------------------------------------------------
+
+
+def by_definition(score_RC: torch.Tensor, drop: list[int]) -> torch.Tensor:
+    """Row by row in plain Python: of equals the last go first."""
+    keep = torch.ones(score_RC.shape, dtype=torch.bool)
+    for row, (scores, count) in enumerate(zip(score_RC.tolist(), drop, strict=True)):
+        order = sorted(range(len(scores)), key=lambda column: (scores[column], -column))
+        for column in order[:count]:
+            keep[row, column] = False
+    return keep
+
+
+matrices = st.integers(1, 5).flatmap(
+    lambda cols: st.lists(
+        st.lists(st.integers(-2, 2), min_size=cols, max_size=cols), min_size=1, max_size=6
+    )
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(matrices, st.data())
+def test_rows_lose_their_lowest(rows: list[list[int]], data: st.DataObject):
+    score = torch.tensor(rows, dtype=torch.float32)
+    counts = st.integers(0, score.shape[1])
+    drop = data.draw(st.lists(counts, min_size=len(rows), max_size=len(rows)))
+    assert torch.equal(lowest_per_row(score, torch.tensor(drop)), by_definition(score, drop))
+    assert torch.equal(lowest_per_row(score, drop[0]), by_definition(score, drop[:1] * len(rows)))
+
+
+def test_rows_that_are_sorted_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    score = torch.randint(0, 4, (37, 11), generator=torch.Generator().manual_seed(0)).float()
+    drop = torch.arange(37) % 12
+    expected = lowest_per_row(score, drop)
+    monkeypatch.setattr(select, "_CHUNK", 30)
+    assert torch.equal(lowest_per_row(score, drop), expected)
+
+
+@settings(deadline=None, derandomize=True)
+@given(matrices, st.data())
+def test_a_matrix_loses_exactly_its_lowest(rows: list[list[int]], data: st.DataObject):
+    score = torch.tensor(rows, dtype=torch.float32)
+    drop = data.draw(st.integers(0, score.numel()))
+    keep = lowest_of_all(score, drop)
+    assert torch.equal(keep.flatten(), by_definition(score.reshape(1, -1), [drop])[0])
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 1), (4, 4)])
+def test_n_of_every_m_stay(n: int, m: int):
+    score = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    keep = n_of_m(score, n, m)
+    groups, scores = keep.reshape(-1, m), score.reshape(-1, m)
+    assert (groups.sum(1) == n).all()
+    kept = scores.masked_fill(~groups, float("inf")).amin(1)
+    dropped = scores.masked_fill(groups, float("-inf")).amax(1)
+    assert (kept > dropped).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (5, 4), (2, 5), (2, 0)])
+def test_groups_that_do_not_fit_are_refused(n: int, m: int):
+    with pytest.raises(PlanError, match=f"given {n}:{m} of 24 columns"):
+        n_of_m(torch.zeros(2, 24), n, m)
+
+
+def test_counts_and_scores_that_mean_nothing_are_refused():
+    with pytest.raises(PlanError, match="given 4 to 4 of 3; allowed 0 to 3"):
+        lowest_per_row(torch.zeros(2, 3), 4)
+    with pytest.raises(PlanError, match="2 of 6 are NaN"):
+        lowest_per_row(torch.tensor([[0.0, float("nan"), 1.0], [float("inf"), 0.0, 1.0]]), 1)
