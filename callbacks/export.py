@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -15,7 +15,8 @@ from plprune.dist import together
 from plprune.errors import ConfigError, ExportError
 from plprune.export import save_hf
 from plprune.export_card import CardInfo
-from plprune.lit import guard, measured
+from plprune.export_config import Mode
+from plprune.lit import guard, measured, outputs
 from plprune.load import STRUCTURE_FILE, load_tokenizer
 from plprune.lora import Injected
 from plprune.sharded import any_sharded
@@ -23,6 +24,9 @@ from plprune.surgery.rebuild import structure_of
 from plprune.unwrap import find_model, unwrap
 
 log = logging.getLogger(__name__)
+
+
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 @final
@@ -33,8 +37,8 @@ class ExportHF(Callback):
         self,
         directory: str,
         *,
-        mode: Literal["auto", "plain", "per_layer"] = "auto",
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        mode: Mode = "auto",
+        dtype: DType | None = None,
         tokenizer: str | None = None,
         overwrite: bool = False,
         attribute: str | None = None,
@@ -52,20 +56,36 @@ class ExportHF(Callback):
             attribute: where the language model hangs in the module; default the only one in it.
 
         Raises:
-            ConfigError: for an unknown mode.
+            ConfigError: for an unknown mode or number format.
         """
-        if mode not in ("auto", "plain", "per_layer"):
-            raise ConfigError(
-                "unknown export.mode", given=repr(mode), allowed="auto, plain, per_layer"
-            )
+        for name, value, choices in (
+            ("mode", mode, get_args(Mode)),
+            ("dtype", dtype, (None, *get_args(DType))),
+        ):
+            if value not in choices:
+                raise ConfigError(
+                    f"unknown export.{name}",
+                    given=repr(value),
+                    allowed=", ".join(str(choice) for choice in choices),
+                )
+        if not isinstance(directory, (str, Path)):
+            raise ConfigError("export.directory is no folder", given=repr(directory))
         self.directory, self.mode, self.dtype = Path(directory), mode, dtype
         self.tokenizer, self.overwrite, self.attribute = tokenizer, overwrite, attribute
         self.written: Path | None = None
 
+    @property
+    def writes(self) -> Path:
+        """The folder that is replaced."""
+        return self.directory
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a target that cannot be written before hours of training."""
         if stage == "fit":
-            guard.require_last(trainer, self)
+            outputs.require_last(trainer, self)
+            outputs.require_last(trainer, self, after="report")
+            outputs.require_apart(trainer)
+            outputs.end_complete_runs(trainer)
             with together():
                 if trainer.is_global_zero:
                     require_writable(

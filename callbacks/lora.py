@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -12,9 +13,16 @@ from plprune.callbacks.export import require_writable
 from plprune.describe import describe
 from plprune.dist import together
 from plprune.errors import CheckpointError, ConfigError
-from plprune.lit import carry, guard
+from plprune.lit import carry, guard, outputs
 from plprune.lit.strategies import adapter_for
-from plprune.lora import Injected, inject, merge, plain_config, require_same_adapters
+from plprune.lora import (
+    Injected,
+    inject,
+    merge,
+    plain_config,
+    require_mergeable,
+    require_same_adapters,
+)
 from plprune.lora_files import adapter_state, save_adapter
 from plprune.sharded import any_sharded
 from plprune.unwrap import find_model, unwrap
@@ -50,17 +58,31 @@ class LoRARecovery(Callback):
             attribute: where the language model hangs in the module; default the only one in it.
 
         Raises:
-            ConfigError: for an unknown start.
+            ConfigError: for an unknown start, or settings that are no mapping.
         """
         if start not in ("fit", "last_cut"):
             raise ConfigError("unknown lora.start", given=repr(start), allowed="fit, last_cut")
+        if not isinstance(config or {}, Mapping):
+            raise ConfigError(
+                "lora.config is not a mapping",
+                given=repr(config),
+                allowed="arguments of peft.LoraConfig, e.g. {'r': 16, 'lora_alpha': 32}",
+            )
         self.config, self.start, self.merge_at_end = dict(config or {}), start, merge
         self.adapter_dir = None if adapter_dir is None else Path(adapter_dir)
         self.overwrite, self.attribute = overwrite, attribute
         self.injected: Injected | None = None
 
+    @property
+    def writes(self) -> Path | None:
+        """The folder that is replaced."""
+        return self.adapter_dir
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject before optimizers exist, or get ready to."""
+        if stage == "fit":
+            outputs.require_apart(trainer)
+            outputs.end_complete_runs(trainer)
         with together():
             if stage == "fit" and self.adapter_dir is not None and trainer.is_global_zero:
                 require_writable(
@@ -77,6 +99,8 @@ class LoRARecovery(Callback):
             trainer, pl_module, "lora", self._save, lambda state: self._load(pl_module, state)
         )
         if stage == "fit":
+            if self.merge_at_end:
+                require_mergeable(model, self.config)
             if self.start == "last_cut" and self._pruner(trainer) is None:
                 raise ConfigError(
                     "lora.start: last_cut without cuts",

@@ -22,7 +22,7 @@ from plprune.lit.prune_settings import require_choices
 from plprune.lit.recipe import recipe_of, warn_changed
 from plprune.lit.recut import commit_masked, late_cut, require_cuttable, write_weights
 from plprune.lit.strategies import adapter_for
-from plprune.lit.watch import Watch
+from plprune.lit.watch import Watch, require_observable
 from plprune.methods.base import Method
 from plprune.observe import StatMap
 from plprune.schedule import Length, OneShot, Phase, Schedule
@@ -57,11 +57,9 @@ class Prune(Callback):
             schedule: when to cut; default one cut before the first step.
             commit: make tensors smaller at `every` cut, only at the `last`, or at every N-th and
                 the last; in between units are masked, with equal losses.
-            optimizer_state: `slice` keeps the moments of what stays, `reset` drops all state at
-                each commit.
+            optimizer_state: `slice` keeps the moments of what stays, `reset` drops all of them.
             statistics: what the method looks at; default a fresh calibration draw at each cut.
-            compensation: new weights at every cut for what reads from units that go; default
-                weights stay as they are.
+            compensation: new weights at a cut for what reads from units that go; default none.
             attribute: where the language model hangs in the module; default the only Hugging Face
                 model in it.
 
@@ -76,6 +74,7 @@ class Prune(Callback):
         self.method, self.budget = method, budget
         self.schedule, self.statistics = schedule or OneShot(), statistics or Statistics()
         self.commit, self.optimizer_state = commit, optimizer_state
+        self._resets = optimizer_state == "reset"
         self.attribute = attribute
         self.progressive: Progressive | None = None
         self.cuts: tuple[Cut, ...] = ()
@@ -107,11 +106,12 @@ class Prune(Callback):
         if self.method is None:
             return
         guard.require_same(pl_module, self._describe(pl_module).model, self.attribute)
-        require_cuttable(trainer, reset=self.optimizer_state == "reset")
+        require_cuttable(trainer, reset=self._resets)
         for row in planned.table(self.plan_cuts(trainer, pl_module)):
             log.info("%-4s %-8s %s", *row)
-        if not all(self._commits(number + 1) for number in range(len(self.cuts))):
-            guard.refuse_dora(pl_module)
+        masked = not all(self._commits(number + 1) for number in range(len(self.cuts)))
+        guard.refuse_dora(pl_module, masked=masked, refitted=isinstance(self.method, Compensated))
+        self.statistics.require_before(self.cuts[0].step)
 
     def _start_over(self, pl_module: LightningModule) -> None:
         """Forget an earlier run; of the same model, cuts that were made are not made again."""
@@ -172,6 +172,7 @@ class Prune(Callback):
             self._rng.restore()
             self._rng = None
         if self.method is not None and self.statistics.source == "training":
+            require_observable(batch)
             self._watch_if_due(trainer, batch)
 
     def on_before_backward(
@@ -218,8 +219,7 @@ class Prune(Callback):
             write_weights(trainer, progressive, plan)
         record = progressive.record(plan, trainer.global_step, before)
         if progressive.pending and self._commits(number):
-            reset = self.optimizer_state == "reset"
-            commit_masked(trainer, progressive, self.statistics.probe, reset=reset)
+            self._commit(trainer, progressive)
         record["committed"] = not progressive.pending
         record["seconds"] = time.perf_counter() - started
         dense = count_params(progressive.dense).non_embedding
@@ -228,6 +228,9 @@ class Prune(Callback):
             number, len(self.cuts), trainer.global_step,
             100 * count_params(progressive.spec).non_embedding / dense, plan.hash,
         )  # fmt: skip
+
+    def _commit(self, trainer: Trainer, progressive: Progressive) -> None:
+        commit_masked(trainer, progressive, self.statistics.probe, reset=self._resets)
 
     def _commits(self, number: int) -> bool:
         last = number == len(self.cuts)
@@ -259,9 +262,11 @@ class Prune(Callback):
             self._watch.start(progressive.model, taps, batch, self.method.skip_first_tokens)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say when the run ended before the schedule did."""
+        """Say when the run ended before the schedule did, and cut what is masked still."""
         self._watch.stop()
         done = 0 if self.progressive is None else self.progressive.done
+        if self.progressive is not None and self.progressive.pending and not trainer.interrupted:
+            self._commit(trainer, self.progressive)
         if done < len(self.cuts):
             log.warning("the run ended after %d of %d cuts", done, len(self.cuts))
 

@@ -12,12 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from plprune import dist
+from plprune.budget import is_whole
 from plprune.callbacks.export import require_writable
 from plprune.count import Tally, tally
 from plprune.describe import describe
 from plprune.dist import together
+from plprune.errors import ConfigError
 from plprune.evaluate import PerplexityResult, perplexity
-from plprune.lit import carry, guard, measured, progress, protocol
+from plprune.lit import carry, guard, measured, outputs, progress, protocol
 from plprune.report import Report
 from plprune.report_html import FILES, write
 from plprune.report_parts import Sample, Score, SpeedPair
@@ -61,7 +63,21 @@ class PruneReport(Callback):
             context: tokens attended to, for FLOPs.
             overwrite: replace an existing report.
             attribute: where the language model hangs in the module; default the only one in it.
+
+        Raises:
+            ConfigError: for a context below 1, or prompts that are one text.
         """
+        if not (is_whole(context) and context >= 1):
+            raise ConfigError(
+                "report.context out of range", given=repr(context), allowed="tokens, 1 or more"
+            )
+        if isinstance(prompts, str):
+            raise ConfigError(
+                "report.prompts is one text",
+                given=repr(prompts),
+                allowed="a list of texts",
+                fix=f"say [{prompts!r}]",
+            )
         self.directory, self.context, self.overwrite = Path(directory), context, overwrite
         self.prompts = PROMPTS if prompts is None else tuple(prompts)
         self.measure_speed, self.attribute = measure_speed, attribute
@@ -69,28 +85,45 @@ class PruneReport(Callback):
         self._log = _fresh()
         self._dense: Tally | None = None
         self._started = 0.0
-        self._resumed = False
+        self._resumed = self._known = False
+
+    @property
+    def writes(self) -> Path:
+        """The folder that is replaced."""
+        return self.directory
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a target that cannot be written; count the dense model."""
         if stage != "fit":
             return
-        guard.require_last(trainer, self)
+        outputs.require_last(trainer, self)
+        outputs.require_apart(trainer)
+        outputs.end_complete_runs(trainer)
         with together():
             if trainer.is_global_zero:
                 require_writable(
                     self.directory, overwrite=self.overwrite, ours=lambda names: names <= set(FILES)
                 )
         guard.ensure_model(pl_module)
-        self._log, self._resumed = _fresh(), False
-        model = find_model(pl_module, self.attribute)
-        self._dense = tally(model, describe(model), context=self.context)
+        model, known = find_model(pl_module, self.attribute), self._log
+        self._log, self._resumed, self._known = _fresh(), False, self._goes_on(trainer, model)
+        if self._known:
+            self._log |= {key: known[key] for key in ("dense", "samples")}
+        else:
+            self._dense = tally(model, describe(model), context=self.context)
         carry.carry(trainer, pl_module, "report", self._save, self._load)
+
+    def _goes_on(self, trainer: Trainer, model: Any) -> bool:
+        """Whether the model was cut by an earlier fit of these callbacks, which saw it dense."""
+        pruner = guard.pruner_of(trainer)
+        progressive = None if pruner is None else pruner.progressive
+        cut = progressive is not None and progressive.model is model and progressive.done > 0
+        return cut and self._dense is not None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the dense model first."""
         self._started = time.perf_counter()
-        if self._resumed:
+        if self._resumed or self._known:
             return
         self._log["dense"] = self._score(trainer, pl_module, "dense perplexity")
         self._log["samples"] = self._generate(trainer, pl_module)

@@ -81,6 +81,23 @@ class Statistics:
         if self.source != "training" and isinstance(self.batches, Sequence):
             calibration.require_usable(self.batches, "callback")
 
+    def require_before(self, step: int) -> None:
+        """Refuse training passes as the source of a cut that has none before it.
+
+        Args:
+            step: optimizer steps before the first cut.
+
+        Raises:
+            ConfigError: for `training` and a cut before the first step.
+        """
+        if self.source == "training" and step == 0:
+            raise ConfigError(
+                "no training pass comes before the first cut",
+                given="prune.statistics.source: training, and a cut at step 0",
+                allowed="a first cut after at least one step",
+                fix="let the schedule begin later, or set source: fresh",
+            )
+
     def _keep(self) -> None:
         """An iterator would be empty at the second cut."""
         if isinstance(self.batches, Iterator):

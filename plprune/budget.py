@@ -63,6 +63,10 @@ class Budget:
                 raise BudgetError(
                     f"unknown budget.{name}", given=repr(value), allowed=", ".join(choices)
                 )
+        if not (is_whole(self.context) and self.context >= 0):
+            raise BudgetError(
+                "budget.context out of range", given=repr(self.context), allowed="tokens, 0 or more"
+            )
         self._check_units()
 
     def _check_units(self) -> None:

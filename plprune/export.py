@@ -149,7 +149,7 @@ def _check_model(model: nn.Module, spec: Spec, structure: Mapping[str, Any]) -> 
             "the model is masked, not cut",
             given=f"{len(spec.dead)} masked ends of linears",
             allowed="a model whose removed units are gone",
-            fix="commit the masks first (surgery.apply.commit), e.g. with commit: end",
+            fix="commit the masks first: plprune.surgery.apply.commit",
         )
     # Adapters change no shape of the linears: describe works, and `tensors_of` names them.
     found = describe(model)

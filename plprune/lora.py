@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from plprune.errors import CheckpointError, ConfigError, ExportError
 from plprune.sharded import any_sharded, full_shape, is_sharded, whole, write
-from plprune.surgery.linear_like import is_adapter_parameter, is_lora
+from plprune.surgery.linear_like import base_of, is_adapter_parameter, is_lora
 from plprune.unwrap import family_of, unwrap
 
 ADAPTER = "default"
@@ -75,6 +75,51 @@ def inject(model: nn.Module, config: Mapping[str, Any]) -> Injected:
             "peft refused the LoRA config", given=str(error), fix="see peft.LoraConfig"
         ) from error
     return Injected(model=plain, tuner=tuner, config=settings, trained=trained)
+
+
+def require_mergeable(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuse adapters that could not be folded into the weights, before they are trained.
+
+    Args:
+        model: plain or wrapped model, adapters on it or not.
+        config: arguments of `peft.LoraConfig`.
+
+    Raises:
+        ConfigError: for adapters on a tensor that two modules share, and biases that linears have
+            no place for.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    plain = unwrap(model)
+    family = family_of(plain)
+    embed, head = (base_of(plain.get_submodule(path)) for path in (family.embed, family.head))
+    try:
+        lora = LoraConfig(**{"target_modules": target_modules(plain), **config})
+    except (TypeError, ValueError):
+        return  # said when they are put on
+    paths = [
+        n for n, m in plain.named_modules() if isinstance(base_of(m), (nn.Linear, nn.Embedding))
+    ]
+    hit = [path for path in paths if check_target_module_exists(lora, path)]
+    tied = [path for path in hit if path in (family.embed, family.head)]
+    if tied and embed.weight is head.weight:
+        raise ConfigError(
+            "adapters on tied embeddings cannot be merged",
+            given=f"lora.config.target_modules with {tied[0]}",
+            allowed="linears of the blocks: embedding and head are one tensor in this model",
+            fix=f"leave {tied[0].rpartition('.')[2]} out, or set lora.merge: false",
+        )
+    bare = [
+        path for path in hit if getattr(base_of(plain.get_submodule(path)), "bias", None) is None
+    ]
+    if config.get("lora_bias") and bare:
+        raise ConfigError(
+            "adapters with biases cannot be merged into linears without",
+            given=f"lora.config.lora_bias: true, and {bare[0]} has no bias",
+            allowed="lora_bias on linears that have one",
+            fix="leave lora_bias out, or set lora.merge: false",
+        )
 
 
 def _require_whole(model: nn.Module, settings: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -68,7 +69,10 @@ def save_adapter(
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        injected.tuner.peft_config[ADAPTER].save_pretrained(str(temporary))
+        config = copy.copy(injected.tuner.peft_config[ADAPTER])
+        # PiSSA and its like changed the base when they began: peft must not do that again.
+        config.init_lora_weights = True
+        config.save_pretrained(str(temporary))
         # Not in adapter_config.json: peft warns about keys it does not know.
         metadata = {"format": "pt", HASH_KEY: structure_hash(spec)}
         save_file(tensors, temporary / "adapter_model.safetensors", metadata=metadata)

@@ -62,11 +62,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logs.set_up()
     try:
+        require_own(keys)
         run(options.out, inputs(options.model, options.train, options.val, options.out), keys)
     except PlpruneError as error:
         sys.stderr.write(f"quickstart: {error}\n")
         return 2
     return 0
+
+
+def require_own(keys: Sequence[str]) -> None:
+    """Refuse keys that would take away what the quickstart shows at the end.
+
+    Args:
+        keys: for `plprune fit`.
+
+    Raises:
+        PlpruneError: naming the key.
+    """
+    for key in keys:
+        if key.partition("=")[0] in (
+            "--report",
+            "--export",
+            "--report.directory",
+            "--export.directory",
+        ):
+            raise PlpruneError(
+                "the quickstart reads its report and its export",
+                given=key,
+                allowed="other keys of plprune fit",
+                fix="choose their folder with --out, or use plprune fit",
+            )
 
 
 def inputs(model: str | None, train: str | None, val: str | None, out: Path) -> Inputs:

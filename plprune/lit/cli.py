@@ -63,6 +63,7 @@ class PlpruneCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=RunConfig,
             parser_kwargs={**raising, **each},
+            auto_configure_optimizers=False,  # `model.optimizer` and `model.learning_rate` do that
             args=list(args) if args is not None else None,
             run=run,
         )
@@ -120,10 +121,27 @@ class PlpruneCLI(LightningCLI):
         ]
         present = [callback for callback in extra if callback is not None]
         own = config.get("callbacks") or []
+        _require_usable(config)
         config["callbacks"] = []
         callbacks = [*present, *(own if isinstance(own, list) else [own])]
         shown = config.get("enable_progress_bar")
         return self._instantiate_trainer(config, with_progress(callbacks, shown))
+
+
+def _require_usable(trainer: dict[str, Any]) -> None:
+    """Refuse settings of the trainer on which Lightning itself would stumble."""
+    batches, strategy = trainer.get("accumulate_grad_batches", 1), trainer.get("strategy")
+    if batches < 1:
+        raise ConfigError(
+            "trainer.accumulate_grad_batches out of range", given=str(batches), allowed="1 or more"
+        )
+    if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
+        raise ConfigError(
+            "FSDP1 cannot be cut during fit",
+            given=f"trainer.strategy: {strategy}",
+            allowed="FSDP2, which does the same",
+            fix="--config configs/strategies/fsdp2.yaml",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from plprune.errors import ConfigError, FamilyError
+from plprune.errors import ConfigError, FamilyError, first_line
 from plprune.lit.messages import Parser
 from plprune.lit.progress import counted
-from plprune.lit.tables import lines, put_json, share, short, show
+from plprune.lit.tables import lines, put_json, require_place, share, short, show
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -29,6 +29,8 @@ def run(args: Sequence[str]) -> None:
     for path in (given.model, given.dense, given.tokenizer):
         if path is not None:
             local_folder(path, "a model")
+    _require_device(given.device)
+    require_place(given.json)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -127,6 +129,22 @@ def _show(result: dict[str, Any]) -> None:
     last = found[-1]
     protocol = [(name.replace("_", " "), value) for name, value in last["protocol"].items()]
     lines("Protocol", [*protocol, ("seconds", f"{last['seconds']:.1f}")])
+
+
+def _require_device(name: str | None) -> None:
+    """Refuse a device that is not there."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "--device cannot be used",
+            given=f"{name} ({first_line(error)})",
+            allowed="cpu, or a device that torch sees, such as cuda or cuda:1",
+        ) from error
 
 
 def _windows(text: str) -> int | None:

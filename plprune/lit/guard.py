@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from plprune import dist
@@ -17,6 +17,7 @@ from plprune.describe import describe
 from plprune.errors import CheckpointError, ConfigError, PlanError
 from plprune.lora import any_adapter, any_dora
 from plprune.schedule import Length
+from plprune.surgery.written import dora_refitted
 from plprune.unwrap import find_model, unwrap
 
 _COPIES = (
@@ -63,29 +64,6 @@ def refuse_conflicts(trainer: Trainer) -> None:
         )
 
 
-def require_last(trainer: Trainer, callback: Callback) -> None:
-    """Refuse a callback that would look at the model before adapters are merged.
-
-    Args:
-        trainer: with its callbacks.
-        callback: looks at the finished model at the end of training.
-
-    Raises:
-        ConfigError: if a callback with adapters stands after it.
-    """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    later = callbacks[callbacks.index(callback) + 1 :]
-    found = next((other for other in later if hasattr(other, "merge_at_end")), None)
-    if found is not None:
-        names = type(found).__name__, type(callback).__name__
-        raise ConfigError(
-            "callbacks stand in an order that cannot work",
-            given=f"{names[1]} before {names[0]}",
-            allowed=f"{names[0]} first: it merges the adapters at the end of training",
-            fix=f"put {names[1]} after it in trainer.callbacks",
-        )
-
-
 def ensure_model(module: LightningModule) -> None:
     """Let a module that builds its model in `configure_model` build it now.
 
@@ -118,16 +96,22 @@ def require_same(module: LightningModule, model: nn.Module, attribute: str | Non
         )
 
 
-def refuse_dora(model: nn.Module) -> None:
-    """Refuse to train DoRA adapters on masked units.
+def refuse_dora(model: nn.Module, *, masked: bool, refitted: bool) -> None:
+    """Refuse to train DoRA adapters on masked units, or under weights that are refitted.
 
     Args:
-        model: the language model, about to be trained with cuts that are not committed at once.
+        model: the language model, about to be trained.
+        masked: some cuts are not committed at once.
+        refitted: cuts are compensated.
 
     Raises:
         ConfigError: if it has DoRA adapters.
     """
-    if any_dora(model):
+    if not any_dora(model):
+        return
+    if refitted:
+        raise dora_refitted()
+    if masked:
         raise ConfigError(
             "DoRA adapters cannot train on masked units",
             given="use_dora: true, and cuts that are only masked",

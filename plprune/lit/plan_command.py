@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from plprune.lit.cli import PlpruneCLI
 from plprune.lit.plan_facts import Run, facts
-from plprune.lit.tables import lines, put_json, share, short, show, span
+from plprune.lit.tables import lines, put_json, require_place, share, short, show, span
 
 HELP = """usage: plprune plan --config FILE [--config FILE ...] [--key value ...] [--json FILE]
 
@@ -82,6 +82,7 @@ def run(args: Sequence[str]) -> None:
         return
     cli = PlanCLI(["fit", *args])
     target = cli.config.fit.json
+    require_place(target)
     found = facts(cli.described())
     if target != "-":
         _show(found)

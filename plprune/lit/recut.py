@@ -114,15 +114,17 @@ def commit_masked(trainer: Trainer, progressive: Progressive, probe: Batch, *, r
         trainer: running.
         progressive: with masked units.
         probe: a small batch to compare the loss on, outside autocast: rounding would hide a
-            wrong cut.
+            wrong cut. Empty in a resumed run that looked at no batch yet.
         reset: drop optimizer state instead of cutting it.
 
     Raises:
         PlanError: if the losses differ by more than rounding, or as `recut`.
     """
     model = progressive.model
-    masked = probe_loss(model, probe)
+    masked = probe_loss(model, probe) if probe else None
     progressive.committed(recut(trainer, model, progressive.spec, {}, reset=reset))
+    if masked is None:
+        return
     cut = probe_loss(model, probe)
     with together():
         guard.require_close(masked, cut, next(model.parameters()).dtype)

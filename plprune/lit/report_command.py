@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plprune.errors import ExportError
+from plprune.errors import ExportError, PlpruneError, first_line
 from plprune.lit.messages import Parser
 
 
@@ -20,7 +20,7 @@ def run(args: Sequence[str]) -> None:
     Raises:
         ExportError: if the file is no report, or the target cannot be written.
     """
-    from plprune.report import Report
+    from plprune.report import Report, verdict
     from plprune.report_html import write
 
     given = _parser().parse_args(list(args))
@@ -39,7 +39,18 @@ def run(args: Sequence[str]) -> None:
         raise ExportError(
             "not a report", given=f"{source} with a {type(data).__name__}", allowed="a JSON object"
         )
-    report = Report.from_json(data)
+    try:
+        report = Report.from_json(data)
+        list(verdict(report))  # what is missing shows when it is read
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        if isinstance(error, PlpruneError):
+            raise
+        raise ExportError(
+            "the report is damaged",
+            given=f"{source} ({first_line(error)})",
+            allowed="a report.json as plprune wrote it",
+            fix="take an undamaged copy, or run the fit again",
+        ) from error
     target = source.parent if given.out is None else Path(given.out).expanduser()
     # The pages beside a report.json were made from it; nothing is lost.
     own = source.name == "report.json" and target.resolve() == source.parent.resolve()

@@ -132,7 +132,8 @@ def _cut_and_adapt(
     progressive = Progressive(model)
     if "committed" in state:
         progressive.restore(state)
-    return progressive, None if lora is None else inject(model, lora)
+    # Factors are read later: a start that looks at weights has none to look at.
+    return progressive, None if lora is None else inject(model, {**lora, "init_lora_weights": True})
 
 
 def _lora(

@@ -27,11 +27,14 @@ class RunConfig(SaveConfigCallback):
         """All keys with the values of this run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the configuration travel with every checkpoint, and write it."""
+        """Let the configuration travel with every checkpoint."""
         if stage == "fit":
             saved = {"yaml": self.config_yaml}
             carry.carry(trainer, pl_module, PART, lambda: saved, lambda _: None)
-            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it: a run that is refused before leaves nothing."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file; called on rank 0."""

@@ -117,9 +117,31 @@ def put_json(target: str, value: dict[str, Any]) -> None:
     try:
         write_text(Path(target).expanduser(), text)
     except OSError as error:
-        raise ExportError(
-            "cannot write the JSON file",
-            given=f"{target} ({error.strerror})",
-            allowed="a file in an existing folder",
-            fix="choose another --json",
-        ) from error
+        raise _no_place(target, str(error.strerror)) from error
+
+
+def require_place(target: str | None) -> None:
+    """Refuse a file that `put_json` could not write, before hours of measuring.
+
+    Args:
+        target: file name, `-`, or None for neither.
+
+    Raises:
+        ExportError: if its folder does not exist, or it is a folder.
+    """
+    if target in (None, "-"):
+        return
+    path = Path(str(target)).expanduser()
+    if path.is_dir():
+        raise _no_place(str(path), "a folder")
+    if not path.absolute().parent.is_dir():
+        raise _no_place(str(path), "no such folder")
+
+
+def _no_place(target: str, reason: str) -> ExportError:
+    return ExportError(
+        "cannot write the JSON file",
+        given=f"{target} ({reason})",
+        allowed="a file in an existing folder",
+        fix="choose another --json",
+    )

@@ -40,13 +40,7 @@ class Watch:
         Raises:
             DataError: if the batch has no `input_ids`.
         """
-        if not isinstance(batch, dict) or "input_ids" not in batch:
-            raise DataError(
-                "training batches cannot be observed",
-                given=type(batch).__name__,
-                allowed="dicts with input_ids [B, T]",
-                fix="set statistics.source: fresh",
-            )
+        require_observable(batch)
         if self._seen is None:
             self._seen = self._stack.enter_context(observe(model, taps))
             device = next(model.parameters()).device
@@ -105,6 +99,24 @@ class Watch:
     def restore(self, state: list[dict[str, Any]]) -> None:
         """Go on from the sums of a checkpoint: one rank, or they would count once for each."""
         self._restored = state if rank() == 0 else []
+
+
+def require_observable(batch: Any) -> None:
+    """Refuse training batches that say nothing of their tokens.
+
+    Args:
+        batch: of the training data.
+
+    Raises:
+        DataError: if it is no dict with `input_ids`.
+    """
+    if not isinstance(batch, dict) or "input_ids" not in batch:
+        raise DataError(
+            "training batches cannot be observed",
+            given=type(batch).__name__,
+            allowed="dicts with input_ids [B, T]",
+            fix="set statistics.source: fresh",
+        )
 
 
 def _unpacked(state: list[dict[str, Any]], taps: Sequence[Tap], device: torch.device) -> StatMap:

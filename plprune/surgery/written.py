@@ -74,6 +74,16 @@ def new_values(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Parameter, Ten
             yield cast(nn.Parameter, base.bias), edit.bias.to(parameter.dtype)
 
 
+def dora_refitted() -> PlanError:
+    """What to say of refits under DoRA, whose scale is a norm over all columns."""
+    return PlanError(
+        "weights under DoRA adapters cannot be refitted",
+        given="use_dora: true",
+        allowed="LoRA without it, or no compensation",
+        fix="leave lora.config.use_dora out, or start the adapters after the cuts",
+    )
+
+
 def _adapters(module: nn.Module) -> Tensor | None:
     """[R, C] float64 that active adapters add to the base weight; None if there are none."""
     layer: Any = module
@@ -84,12 +94,7 @@ def _adapters(module: nn.Module) -> Tensor | None:
         if name not in layer.lora_A:
             continue
         if name in getattr(layer, "lora_magnitude_vector", {}):
-            raise PlanError(
-                "weights under DoRA adapters cannot be refitted",
-                given="use_dora: true",
-                allowed="LoRA without it, or no compensation",
-                fix="leave lora.config.use_dora out, or start the adapters after the cuts",
-            )
+            raise dora_refitted()
         up, down = (whole(getattr(layer, f"lora_{x}")[name].weight).detach() for x in "BA")
         delta = layer.scaling[name] * (up.double() @ down.double())
         total = delta if total is None else total + delta

@@ -263,6 +263,31 @@ def test_mistakes_on_the_command_line(
     assert "unknown command: given fitt; allowed fit, " in refused(capsys, "fitt")
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--optimizer", "AdamW"], "unknown key: given optimizer"),
+        (["--lr_scheduler", "CosineAnnealingLR"], "unknown key: given lr_scheduler"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches out of range"),
+        (["--trainer.strategy", "fsdp"], "FSDP1 cannot be cut during fit: given trainer.strategy"),
+        (["--lora.config", "{lora_bias: true}"], "biases cannot be merged into linears without"),
+        (["--export.dtype", "int8"], "export"),
+        (["--prune.budget.context", "-1"], "budget.context out of range"),
+    ],
+)
+def test_settings_that_cannot_work_leave_nothing_behind(
+    options: list[str],
+    text: str,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "out").mkdir()
+    file = written(tmp_path, config(base, tmp_path / "out"))
+    assert text in refused(capsys, "fit", "--config", file, *options)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_errors_of_others_pass_through_unchanged() -> None:
     own = ConfigError("ours")
     wrapped = ValueError("theirs")
@@ -340,6 +365,10 @@ def test_evaluate_against_a_dense_model(base: Path, tmp_path: Path) -> None:
             ["{base}", "--text", "pydoc", "--windows", "1", "--json", "{base}/none/x.json"],
             "cannot write the JSON file",
         ),
+        (
+            ["{base}", "--text", "pydoc", "--device", "banana"],
+            "--device cannot be used: given banana",
+        ),
     ],
 )
 def test_evaluate_refuses(
@@ -392,6 +421,18 @@ def test_export_of_the_last_checkpoint_is_the_trained_model(
     structure = json.loads((tmp_path / "model" / "plprune_structure.json").read_text("utf-8"))
     assert structure["training"] == "6 optimizer steps"
     assert structure["method"] == "TransAct"
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_export_of_adapters_that_began_with_the_weights(
+    start: str, base: Path, tmp_path: Path
+) -> None:
+    values = config(base, tmp_path, lora__config={"r": 2, "init_lora_weights": start})
+    cli = PlpruneCLI(["fit", "--config", written(tmp_path, values)])
+    file = tmp_path / "ckpt" / "step=6.ckpt"
+    assert main(["export", "--ckpt_path", str(file), "--out", str(tmp_path / "model")]) == 0
+    made = loaded(tmp_path / "model")
+    torch.testing.assert_close(logits(made), logits(cli.model.model.eval()), rtol=1e-4, atol=1e-4)
 
 
 def test_export_of_a_dense_checkpoint(
@@ -586,6 +627,22 @@ def test_report_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "not a report: given" in refused(capsys, "report", str(file))
     file.write_text("{}", encoding="utf-8")
     assert "not a report of this version" in refused(capsys, "report", str(file))
+
+
+@pytest.mark.parametrize("damage", [{"sizes": 3}, {"perplexity": [3]}, {"cuts": [1]}, {"speed": 2}])
+def test_a_damaged_report_is_refused(
+    damage: dict[str, Any],
+    fitted: tuple[PlpruneCLI, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = json.loads((fitted[1] / "report" / "report.json").read_text())
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({**whole, **damage}), encoding="utf-8")
+    found = refused(capsys, "report", str(file))
+    assert ": given" in found
+    assert "the report is damaged" in found or "cannot read " in found
+    assert list(tmp_path.iterdir()) == [file]
 
 
 # -- paths ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from fitting import User, Validated, fit, gap, hashes, linear, prune
 from plprune.callbacks import Prune, Statistics
 from plprune.describe import describe
 from plprune.drivers.whole import token_mask
-from plprune.errors import ConfigError, DataError, PlanError
+from plprune.errors import ConfigError, DataError
 from plprune.lit.watch import Watch
 from plprune.methods.transact import TransAct
 from plprune.schedule import OneShot
@@ -135,7 +135,7 @@ def test_training_statistics_of_masked_runs_equal_those_of_cut_runs() -> None:
 
 def test_a_cut_before_any_training_pass_is_refused() -> None:
     with pytest.raises(
-        PlanError, match=r"no training pass was observed .* use statistics\.source: fresh"
+        ConfigError, match=r"no training pass comes before the first cut.*set source: fresh"
     ):
         fit(User(), [prune(OneShot(), source="training")])
 

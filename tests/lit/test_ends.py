@@ -1,0 +1,236 @@
+"""How runs end: killed after the last step, stopped before the last cut, resumed, run again."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import fitting
+import tiny
+from fitting import User, fit, prune
+from plprune.callbacks import ExportHF, LoRARecovery, PruneReport
+from plprune.compensate import LeastSquares
+from plprune.errors import ConfigError
+from plprune.lora import any_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL: nothing that would clean up may be needed."""
+
+
+class Kill(Callback):
+    """Dies when training is over, before what comes after it."""
+
+    def on_train_end(self, *_: Any) -> None:
+        """Right after the last step."""
+        raise KilledError
+
+
+def outputs(folder: Path) -> list[Callback]:
+    return [
+        prune(),
+        LoRARecovery({"r": 2}, adapter_dir=str(folder / "adapter")),
+        PruneReport(str(folder / "report"), prompts=[], measure_speed=False),
+        ExportHF(str(folder / "model"), tokenizer="none"),
+    ]
+
+
+def weights_in(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_killed_after_its_last_step_is_brought_to_its_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    fit(User(dtype=torch.float32), outputs(tmp_path / "whole"))
+    torch.manual_seed(0)
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=12)
+    callbacks = [saver, *outputs(tmp_path / "killed")]
+    with pytest.raises(KilledError):
+        fit(User(dtype=torch.float32), [Kill(), *callbacks], enable_checkpointing=True)
+    assert not (tmp_path / "killed").exists()
+    resumed = User(dtype=torch.float32)
+    with caplog.at_level("INFO"):
+        fit(
+            resumed,
+            [saver, *outputs(tmp_path / "killed")],
+            enable_checkpointing=True,
+            ckpt_path=tmp_path / "ckpt" / "step=12.ckpt",
+        )
+    assert "all 12 steps are done: what comes after training follows" in caplog.text
+    assert resumed.losses == []
+    assert not any_adapter(resumed)
+    assert weights_in(tmp_path / "killed") == weights_in(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path / "killed")) == ["adapter", "model", "report"]
+
+
+@pytest.mark.parametrize("more", [{"limit_train_batches": 0}, {"max_epochs": 0, "max_steps": -1}])
+def test_a_run_without_a_step_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the run has no training step: given max_steps"):
+        fit(User(), [ExportHF(str(tmp_path / "out"), tokenizer="none")], **more)
+    assert os.listdir(tmp_path) == []
+
+
+class StopAt(Callback):
+    """Ends training early."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """As EarlyStopping or a time limit does."""
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("commit", ["last", 2])
+def test_units_still_masked_at_an_early_end_are_cut(commit: Any, tmp_path: Path) -> None:
+    module, pruner = User(dtype=torch.float32), prune(commit=commit)
+    callbacks = [pruner, LoRARecovery({"r": 2}), ExportHF(str(tmp_path / "out"), tokenizer="none")]
+    early = [fitting.Probe(lambda *_: None), StopAt(3)]
+    fit(module, [*callbacks, *early])
+    assert len(module.losses) == 3
+    assert pruner.progressive is not None
+    assert (pruner.progressive.done, pruner.progressive.pending) == (1, False)
+    width = pruner.progressive.spec.blocks[0].ffn
+    assert module.net.model.layers[0].mlp.down_proj.in_features == width < tiny.FFN
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = tiny.tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, module.net.eval()(ids).logits)
+
+
+def test_masked_units_of_a_resumed_run_that_stops_at_once_are_cut(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=3)
+    fit(User(), [prune(commit="last"), saver, StopAt(3)], enable_checkpointing=True)
+    # The checkpoint of step 3 holds masks: it was written before training ended.
+    module, pruner = User(), prune(commit="last")
+    path = tmp_path / "ckpt" / "step=3.ckpt"
+    fit(module, [pruner, saver, StopAt(4)], ckpt_path=path, enable_checkpointing=True)
+    assert len(module.losses) == 1
+    assert pruner.progressive is not None
+    assert not pruner.progressive.pending
+
+
+def test_the_report_of_a_second_fit_still_knows_the_dense_model(tmp_path: Path) -> None:
+    module = User(dtype=torch.float32)
+    report = PruneReport(str(tmp_path / "report"), prompts=[], measure_speed=False, overwrite=True)
+    callbacks = [prune(), report]
+    found = []
+    for steps in (12, 16):
+        fit(module, callbacks, max_steps=steps)
+        found.append(json.loads((tmp_path / "report" / "report.json").read_text()))
+    assert found[0]["sizes"] == found[1]["sizes"]
+    assert found[0]["sizes"]["params_model"]["dense"] > found[0]["sizes"]["params_model"]["pruned"]
+    assert "not smaller" not in str(found[1]["verdict"])
+
+
+# --- refused before training ---------------------------------------------------------------------
+
+
+def refused(message: str, callbacks: list[Any], **more: Any) -> None:
+    module = User(**more)
+    with pytest.raises((ConfigError, Exception), match=message) as caught:
+        fit(module, callbacks)
+    assert isinstance(caught.value, ValueError), caught.value
+    assert module.losses == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("a", "a"), ("a", "a/b"), ("a/b", "a")], ids=["same", "inside", "around"]
+)
+def test_outputs_that_share_a_folder(first: str, second: str, tmp_path: Path) -> None:
+    one, two = str(tmp_path / first), str(tmp_path / second)
+    export = ExportHF(two, tokenizer="none", overwrite=True)
+    refused("two outputs share a folder: given .*PruneReport.*ExportHF", [PruneReport(one), export])
+    lora = LoRARecovery({"r": 2}, adapter_dir=one)
+    refused("two outputs share a folder: given .*LoRARecovery.*ExportHF", [lora, export])
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_export_before_its_report(tmp_path: Path) -> None:
+    callbacks = [ExportHF(str(tmp_path / "m"), tokenizer="none"), PruneReport(str(tmp_path / "r"))]
+    refused("ExportHF before PruneReport; allowed PruneReport first: its scores", callbacks)
+
+
+@pytest.mark.parametrize("start", ["fit", "last_cut"])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapters_on_tied_embeddings(target: str, start: Any) -> None:
+    config = {"r": 2, "target_modules": ["q_proj", target]}
+    callbacks = [prune(), LoRARecovery(config, start=start)]
+    message = f"tied embeddings cannot be merged: given .*{target}.*fix: leave {target} out"
+    refused(message, callbacks, variant="llama-gqa-tied")
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapters_on_embeddings_that_are_not_tied_are_merged(target: str) -> None:
+    config = {"r": 2, "target_modules": ["q_proj", target]}
+    losses = []
+    for merge in (True, False):
+        torch.manual_seed(0)
+        module = User()
+        fit(module, [prune(), LoRARecovery(config, merge=merge)])
+        losses.append(module.net.eval()(tiny.tokens()).logits)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-9)
+
+
+def test_adapter_biases_without_a_place() -> None:
+    refused(
+        "biases cannot be merged into linears without: given lora.config.lora_bias: true",
+        [prune(), LoRARecovery({"r": 2, "lora_bias": True})],
+    )
+
+
+def test_dora_under_refits() -> None:
+    refused(
+        "under DoRA adapters cannot be refitted",
+        [prune(compensation=LeastSquares()), LoRARecovery({"r": 2, "use_dora": True})],
+    )
+
+
+def test_training_statistics_before_the_first_step() -> None:
+    refused(
+        "no training pass comes before the first cut",
+        [prune(fitting.linear(2, 0, 4), source="training")],
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ExportHF("x", dtype="int8"), "unknown export.dtype: given 'int8'; allowed None"),
+        (lambda: ExportHF("x", mode="flat"), "unknown export.mode: given 'flat'; allowed auto"),
+        (lambda: ExportHF(None), "export.directory is no folder: given None"),
+        (lambda: PruneReport("x", context=0), "report.context out of range: given 0"),
+        (lambda: PruneReport("x", prompts="hello"), "report.prompts is one text: given 'hello'"),
+        (lambda: LoRARecovery(["q_proj"]), "lora.config is not a mapping: given .'q_proj'."),
+    ],
+)
+def test_arguments_of_the_wrong_kind(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_change_their_base_are_exported_beside_it(start: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    module = User(dtype=torch.float32)
+    lora = LoRARecovery({"r": 2, "init_lora_weights": start}, merge=False)
+    fit(module, [prune(), lora, ExportHF(str(tmp_path / "out"), tokenizer="none")])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+    ids = tiny.tokens()
+    with torch.no_grad():
+        expected = module.net.eval()(ids).logits
+        torch.testing.assert_close(found(ids).logits, expected, rtol=1e-4, atol=1e-4)
