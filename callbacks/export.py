@@ -95,10 +95,26 @@ class ExportHF(Callback):
                     )
             guard.ensure_model(pl_module)
             model = find_model(pl_module, self.attribute)
+            self._require_equal_widths(trainer)
             self._dense, self._loaded = describe(model), None
             with together():
                 if trainer.is_global_zero:
                     self._loaded = self._tokenizer(trainer, unwrap(model))
+
+    def _require_equal_widths(self, trainer: Trainer) -> None:
+        """Refuse `plain` where the budget itself asks for layers that differ."""
+        pruner = guard.pruner_of(trainer)
+        if self.mode != "plain" or pruner is None or pruner.budget is None:
+            return
+        widths = pruner.method.widths(pruner.progressive.dense, pruner.budget) or {}
+        uneven = next((kind for kind, blocks in widths.items() if len(set(blocks)) > 1), None)
+        if uneven is not None:
+            raise ExportError(
+                "no stock class can hold layers of different widths",
+                given=f"export.mode: plain, and {uneven} widths {widths[uneven]}",
+                allowed="equal widths in all layers",
+                fix="set export.mode: auto, or one width in budget.widths",
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, unless the run was interrupted."""

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import fitting
 import tiny
 from fitting import User, fit, prune
+from plprune import quickstart
+from plprune.budget import Budget
 from plprune.callbacks import ExportHF, LoRARecovery, PruneReport
 from plprune.compensate import LeastSquares
 from plprune.errors import ConfigError
@@ -157,6 +159,15 @@ def test_outputs_that_share_a_folder(first: str, second: str, tmp_path: Path) ->
     assert os.listdir(tmp_path) == []
 
 
+def test_a_stock_class_for_layers_that_differ(tmp_path: Path) -> None:
+    budget = Budget(widths={"kv_group": 2, "mlp": [12, 28]})
+    export = ExportHF(str(tmp_path / "m"), tokenizer="none", mode="plain")
+    refused(
+        r"no stock class can hold layers of different widths: given .*mlp widths \[12, 28\]",
+        [prune(budget=budget), export],
+    )
+
+
 def test_an_export_before_its_report(tmp_path: Path) -> None:
     callbacks = [ExportHF(str(tmp_path / "m"), tokenizer="none"), PruneReport(str(tmp_path / "r"))]
     refused("ExportHF before PruneReport; allowed PruneReport first: its scores", callbacks)
@@ -234,3 +245,9 @@ def test_adapters_that_change_their_base_are_exported_beside_it(start: str, tmp_
     with torch.no_grad():
         expected = module.net.eval()(ids).logits
         torch.testing.assert_close(found(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_quickstart_keeps_its_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("--report.directory=x", "--export=null"):
+        assert quickstart.main([key]) == 2
+        assert f"reads its report and its export: given {key}" in capsys.readouterr().err
