@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -146,18 +145,17 @@ def skeleton(
     return model.train()
 
 
-def store_block_inputs(model: nn.Module) -> None:
+def store_block_inputs(model: nn.Module, *, reentrant: bool = False) -> None:
     """Switch gradient checkpointing on.
 
     Args:
         model: changed in place.
+        reentrant: use torch's older implementation.
     """
-    with warnings.catch_warnings():
-        # transformers 5.23 renames it; the old name works in all versions we serve.
-        warnings.simplefilter("ignore", FutureWarning)
-        cast(Any, model).gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+    plain: Any = model
+    # transformers 5.23 renamed it on the way to v6.
+    new = getattr(plain, "activation_checkpointing_enable", None)
+    (new or plain.gradient_checkpointing_enable)({"use_reentrant": reentrant})
 
 
 def shrink(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module:

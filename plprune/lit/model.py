@@ -20,6 +20,7 @@ from plprune.lit.strategies.fsdp2 import shard
 from plprune.lit.streamed import streamed
 from plprune.load import load_hf
 from plprune.schedule import Phase, learning_rate
+from plprune.skeleton import store_block_inputs
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -132,9 +133,7 @@ class LitCausalLM(LightningModule):
         model.set_attn_implementation(attention)
         model.config.use_cache = False
         if self.checkpointed:
-            # transformers renamed it on the way to v6.
-            new = getattr(model, "activation_checkpointing_enable", None)
-            (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            store_block_inputs(model)
         if self.compiled:
             model.compile()
         return cast(nn.Module, model.train())

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import fitting
 import strategy_runs as runs
+from plprune.skeleton import store_block_inputs
 from plprune.callbacks import LoRARecovery
 from plprune.lit.strategies import engine, zero
 from plprune.lit.strategies.deepspeed import ZeRO
@@ -186,7 +187,7 @@ def test_tokens_are_counted_once_under_checkpointing(name: str):
             def __init__(self, *args: Any, **more: Any) -> None:
                 super().__init__(*args, **more)
                 if checkpointed:
-                    self.net.activation_checkpointing_enable({"use_reentrant": False})
+                    store_block_inputs(self.net)
 
         callbacks = lambda: [fitting.prune(source="training", window=2)]  # noqa: E731
         return on_ranks(name, callbacks=callbacks, module=Module)

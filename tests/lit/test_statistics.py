@@ -17,6 +17,7 @@ from plprune.errors import ConfigError, DataError
 from plprune.lit.watch import Watch
 from plprune.methods.transact import TransAct
 from plprune.schedule import OneShot
+from plprune.skeleton import store_block_inputs
 from plprune.stats.base import Tap
 
 
@@ -94,7 +95,7 @@ def test_training_passes_are_what_was_trained_on(
     # Learning rate 0: the weights are those of the start, so batches can be run again by hand.
     module = Validated(optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
     if checkpointing is not None:
-        module.net.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        store_block_inputs(module.net, reentrant=checkpointing)
         module.net.enable_input_require_grads()
     data = torch.utils.data.DataLoader(rows(padded=padded), batch_size=4)
     pruner = prune(OneShot(at=4), source="training", window=2, method=Spied(skip_first_tokens=skip))

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 import tiny
@@ -71,6 +73,8 @@ def real_step(model: nn.Module, mixed: bool = False, accumulate: int = 1) -> int
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_step_without_data_allocates_what_a_real_one_does(name: str, mixed: bool) -> None:
+    if name.startswith("opt") and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("its forward asks a tensor without data for its values")
     real = tiny.model(name, dtype=torch.float32)
     real.set_attn_implementation("sdpa")
     peak = real_step(real.train(), mixed)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
@@ -29,12 +27,11 @@ from plprune.lit.strategies.filling import (
     fill_part,
     require_same_tensors,
 )
+from plprune.lit.strategies.zero_snapshot import put_back, take
 from plprune.lit.strategies.zero_state import (
     MASTER,
-    complete,
     is_stage_3,
     known,
-    link_all,
     make_state,
     put,
     put_part,
@@ -43,28 +40,8 @@ from plprune.lit.strategies.zero_state import (
 from plprune.sharded import part, state_of
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, commit, kept_entries
-from plprune.surgery.state import Cuts, cut, cut_table
+from plprune.surgery.state import Cuts, cut_table
 from plprune.unwrap import unwrap
-
-_COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")
-
-
-@dataclass
-class Saved:
-    """What training knows beyond the working copy of the weights."""
-
-    counters: dict[str, int]
-    """Of the engine."""
-    scalars: dict[str, Any] = field(default_factory=dict)
-    """State that is one number a tensor, such as the step."""
-    keys: tuple[str, ...] = ()
-    """Names of state tensors of the parameter's shape."""
-    owner: dict[str, int] = field(default_factory=dict)
-    """Parameter -> rank that keeps it."""
-    tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """(parameter, master or key) -> complete tensor, on its keeper."""
-    shapes: dict[str, torch.Size] = field(default_factory=dict)
-    """Parameter -> shape after the cut."""
 
 
 class ZeROAdapter(Adapter):
@@ -180,7 +157,7 @@ def rebuild(
     """
     strategy: Any = trainer.strategy
     root = trainer.lightning_module
-    saved = _taken_out(strategy, root, cuts, reset=reset)
+    saved = take(strategy, root, cuts, reset=reset)
     _leave_flat_buffers(strategy, root, cuts)
     optimizer = strategy.model.optimizer.optimizer
     positions = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs]
@@ -197,7 +174,7 @@ def rebuild(
         groups = strategy.optimizers[0].param_groups
         for group, rate in zip(groups, rates, strict=False):
             group["lr"] = rate
-    _put_back(strategy, root, saved)
+    put_back(strategy, root, saved)
 
 
 def _fill_state(strategy: Any, root: nn.Module, saved: SavedState) -> None:
@@ -226,59 +203,6 @@ def _own_again(optimizer: Any, root: nn.Module, names: list[list[str]]) -> None:
     optimizer.state.clear()
     for group, members in zip(optimizer.param_groups, names, strict=True):
         group["params"] = [named[name] for name in members]
-
-
-def _taken_out(strategy: Any, root: nn.Module, cuts: Mapping[str, Cuts], *, reset: bool) -> Saved:
-    engine, zero = strategy.model, strategy.model.optimizer
-    saved = Saved(
-        counters={name: getattr(engine, name) for name in _COUNTERS},
-    )
-    if not reset:
-        _note_state(zero, saved)
-    rank, world, there = dist.get_rank(), dist.get_world_size(), known(zero)
-    kept = [(name, p) for name, p in trained(root) if p in there]
-    for number, (name, parameter) in enumerate(kept):
-        saved.owner[name] = number % world
-        for key in (MASTER, *saved.keys):
-            smaller = cut(complete(parameter, key), cuts.get(name, ()))
-            saved.shapes[name] = smaller.shape
-            if saved.owner[name] == rank:
-                saved.tensors[name, key] = smaller.clone()
-    return saved
-
-
-def _note_state(zero: Any, saved: Saved) -> None:
-    link_all(zero)
-    for flat, state in zero.optimizer.state.items():
-        same = {k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
-        saved.keys = tuple(sorted(same))
-        saved.scalars = {
-            key: value.clone() if torch.is_tensor(value) else value
-            for key, value in state.items()
-            if key not in same
-        }
-        break
-
-
-def _put_back(strategy: Any, root: nn.Module, saved: Saved) -> None:
-    engine, zero = strategy.model, strategy.model.optimizer
-    for name, value in saved.counters.items():
-        setattr(engine, name, value)
-    # One step count serves all tensors of a flat one: those that are new do not start at 0 beside
-    # others that go on. Alone they do.
-    if saved.keys and any(name in saved.owner for name, _ in trained(root)):
-        make_state(zero, saved.keys, saved.scalars)
-    device = strategy.root_device
-    for name, parameter in trained(root):
-        if name not in saved.owner:
-            continue  # trainable only now
-        for key in (MASTER, *saved.keys):
-            full = saved.tensors.pop((name, key), None)
-            if full is None:
-                full = torch.empty(saved.shapes[name], dtype=torch.float32, device=device)
-            full = full.to(device)
-            dist.broadcast(full, saved.owner[name])
-            put(parameter, key, full)
 
 
 def _leave_flat_buffers(strategy: Any, root: nn.Module, cuts: Mapping[str, Cuts]) -> None:

@@ -24,10 +24,22 @@ def trained(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in root.named_parameters() if p.requires_grad)
 
 
+def members_of(zero: Any) -> list[list[nn.Parameter]]:
+    """Parameters an engine trains, by the flat tensor they are part of."""
+    groups = zero.fp16_groups if is_stage_3(zero) else zero.bit16_groups
+    return [list(group) for group in groups]
+
+
+def flats_of(zero: Any) -> list[Tensor]:
+    """This rank's masters: one flat tensor a sub-group (stage 3) or a group."""
+    stage_3 = is_stage_3(zero)
+    flats = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
+    return list(flats)
+
+
 def known(zero: Any) -> set[nn.Parameter]:
     """Parameters an engine trains."""
-    groups = zero.fp16_groups if is_stage_3(zero) else zero.bit16_groups
-    return {parameter for group in groups for parameter in group}
+    return {parameter for group in members_of(zero) for parameter in group}
 
 
 def link_all(zero: Any) -> None:
@@ -37,17 +49,19 @@ def link_all(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def make_state(zero: Any, keys: Iterable[str], scalars: Mapping[str, Any]) -> None:
+def make_state(
+    zero: Any, keys: Iterable[str], scalars: Mapping[str, Any], only: int | None = None
+) -> None:
     """Make optimizer state, to be filled; ZeRO itself makes it at the first step.
 
     Args:
         zero: of any stage, its optimizer without state.
         keys: names of tensors of the parameters' shapes.
         scalars: what is one number a tensor, such as the step.
+        only: number of the one flat tensor that gets it; None: all.
     """
-    stage_3 = is_stage_3(zero)
-    flats = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
-    for flat in flats:
+    flats = flats_of(zero)
+    for flat in flats if only is None else [flats[only]]:
         own = {k: v.clone() if torch.is_tensor(v) else v for k, v in scalars.items()}
         zero.optimizer.state[flat] = {**own, **{key: torch.zeros_like(flat) for key in keys}}
     link_all(zero)
