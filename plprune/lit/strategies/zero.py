@@ -114,7 +114,15 @@ class ZeROAdapter(Adapter):
         table = cut_table(unwrap(model), kept_entries(spec, lowered))
         cuts = {prefix + name: value for name, value in table.items()}
         done: list[Applied] = []
-        rebuild(trainer, lambda: done.append(commit(model, spec, lowered)), cuts, reset=reset)
+
+        def change() -> None:
+            applied = commit(model, spec, lowered)
+            for swap in applied.swaps:  # or they would keep the flat buffer of all weights
+                held = part(swap.old)
+                held.data = held.data.new_empty(0)
+            done.append(applied)
+
+        rebuild(trainer, change, cuts, reset=reset)
         return done[0]
 
     def write(self, trainer: Trainer, parameter: nn.Parameter, full: Tensor) -> None:
@@ -128,8 +136,8 @@ class ZeROAdapter(Adapter):
         """Build an engine without optimizer: masters of a merged model would be all of it again."""
         strategy: Any = trainer.strategy
         root = trainer.lightning_module
-        _leave_flat_buffers(strategy, root, {})
         teardown(strategy, root)
+        _leave_flat_buffers(root, {})
         strategy._initialize_deepspeed_inference(root)
 
     def refit(self, trainer: Trainer) -> None:
@@ -158,12 +166,12 @@ def rebuild(
     strategy: Any = trainer.strategy
     root = trainer.lightning_module
     saved = take(strategy, root, cuts, reset=reset)
-    _leave_flat_buffers(strategy, root, cuts)
     optimizer = strategy.model.optimizer.optimizer
     positions = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs]
     rates = [group["lr"] for group in optimizer.param_groups]
     with strategy.reusing(optimizer) if not anew else contextlib.nullcontext():
         teardown(strategy, root)
+        _leave_flat_buffers(root, cuts)
         change()
         if not anew:
             _own_again(optimizer, root, strategy.group_names)
@@ -205,13 +213,15 @@ def _own_again(optimizer: Any, root: nn.Module, names: list[list[str]]) -> None:
         group["params"] = [named[name] for name in members]
 
 
-def _leave_flat_buffers(strategy: Any, root: nn.Module, cuts: Mapping[str, Cuts]) -> None:
-    """Stages 1 and 2: parameters are views of buffers that must go with the engine."""
-    if is_stage_3(strategy.model.optimizer):
-        return
+def _leave_flat_buffers(root: nn.Module, cuts: Mapping[str, Cuts]) -> None:
+    """Parameters, or a rank's parts of them, are views of buffers that must go with the engine.
+
+    Those that will be cut get tensors of their own then.
+    """
     for name, parameter in root.named_parameters():
         if name not in cuts:
-            parameter.data = parameter.data.clone()
+            held = part(parameter)
+            held.data = held.data.clone()
 
 
 def _prefix(root: nn.Module, model: nn.Module) -> str:

@@ -68,18 +68,19 @@ def take(strategy: Any, root: nn.Module, cuts: Mapping[str, Cuts], *, reset: boo
     names = {parameter: name for name, parameter in trained(root)}
     rank, world = dist.get_rank(), dist.get_world_size()
     for number, members in enumerate(members_of(zero)):
-        for parameter in members:
-            if parameter not in names:
-                continue
-            name = names[parameter]
+        mine = [(names[parameter], parameter) for parameter in members if parameter in names]
+        for name, _ in mine:
             saved.owner[name] = len(saved.owner) % world
-            for key in _copies(parameter, saved):
-                smaller = cut(complete(parameter, key), cuts.get(name, ()))
-                saved.shapes[name] = smaller.shape
-                if saved.owner[name] == rank:
-                    saved.tensors[name, key] = smaller.to("cpu", copy=True)
-        if is_stage_3(zero):
-            _let_go(zero, number)
+        for key in (MASTER, *saved.keys):
+            for name, parameter in mine:
+                if key in _copies(parameter, saved):
+                    smaller = cut(complete(parameter, key), cuts.get(name, ()))
+                    saved.shapes[name] = smaller.shape
+                    if saved.owner[name] == rank:
+                        saved.tensors[name, key] = smaller.cpu()
+                    del smaller
+            if is_stage_3(zero):
+                _let_go(zero, number, key)
     return saved
 
 
@@ -139,8 +140,11 @@ def _note_state(zero: Any, saved: Snapshot) -> None:
         break
 
 
-def _let_go(zero: Any, number: int) -> None:
-    """Free the flat tensors of a sub-group; nothing reads them any more."""
+def _let_go(zero: Any, number: int, key: str) -> None:
+    """Free the flat tensor of a sub-group; nothing reads it any more."""
     flat = flats_of(zero)[number]
-    zero.optimizer.state.pop(flat, None)
-    flat.data = flat.data.new_empty(0)
+    if key == MASTER:
+        # Moments are found by their master: it stays, without its values.
+        flat.data = flat.data.new_empty(0)
+    else:
+        zero.optimizer.state[flat].pop(key)
