@@ -119,15 +119,14 @@ def test_a_gradient_of_twice_the_size_is_noticed(name: str):
 
 @pytest.mark.world_size(2)
 def test_masters_that_are_not_refitted_are_noticed(monkeypatch: pytest.MonkeyPatch):
-    """Negative control: the engine would go on from the weights it had."""
+    """Negative control: an engine that stays would go on from the weights it had."""
+    settings: dict[str, Any] = {
+        "callbacks": lambda: [fitting.prune(compensation=LeastSquares(), commit="last")]
+    }
+    alone = runs.alone("zero3", **settings)
+    assert runs.gap(on_ranks("zero3", **settings)[0], alone) < TOLERANCE
     monkeypatch.setattr(zero.ZeROAdapter, "write", base.Adapter.write)
-    settings = CASES["refitted, adamw"]
-    try:
-        found = on_ranks("zero3", **settings)
-    except RankError as error:
-        assert "does not compute what the masked model did" in str(error)
-    else:
-        assert runs.gap(found[0], runs.alone("zero3", **settings)) > 50 * TOLERANCE
+    assert runs.gap(on_ranks("zero3", **settings)[0], alone) > 50 * TOLERANCE
 
 
 @pytest.mark.world_size(2)
