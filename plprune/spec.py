@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -137,6 +137,24 @@ class Spec:
     def of_kind(self, kind: str) -> tuple[Axis, ...]:
         """Axes of one kind, in block order."""
         return tuple(axis for axis in self.axes.values() if axis.kind == kind)
+
+    def consumers(self, kinds: Collection[str] | None = None) -> tuple[str, ...]:
+        """Linears whose inputs belong to axes, in model order.
+
+        Args:
+            kinds: axis kinds to look at; None: all.
+
+        Returns:
+            Module paths.
+        """
+        ends = {
+            piece.module
+            for axis in self.axes.values()
+            if kinds is None or axis.kind in kinds
+            for piece in axis.slices
+            if piece.side == "in"
+        }
+        return tuple(name for name in self.linears if name in ends)
 
     def kinds(self) -> tuple[str, ...]:
         """Axis kinds present, in order of appearance."""

@@ -40,10 +40,10 @@ class Compensated(Method):
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """What the method needs, and a statistic of every input it can take units from."""
         selects = self.method.taps(spec)
-        ends = {p.module for a in spec.axes.values() for p in a.slices if p.side == "in"}
-        looked_at = ends & {tap.module for tap in selects} or ends
-        stat = self.compensation.stat
-        return (*selects, *(Tap(module=n, stat=stat) for n in spec.linears if n in looked_at))
+        seen = {tap.module for tap in selects}
+        every = spec.consumers()
+        looked_at = [name for name in every if name in seen] or every
+        return (*selects, *(Tap(module=n, stat=self.compensation.stat) for n in looked_at))
 
     def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]] | None:
         """Those of the method."""

@@ -105,7 +105,8 @@ def refuse_dora(model: nn.Module, *, masked: bool, refitted: bool) -> None:
         refitted: cuts are compensated.
 
     Raises:
-        ConfigError: if it has DoRA adapters.
+        ConfigError: if it has DoRA adapters, and cuts are masked.
+        PlanError: if it has them, and cuts are compensated.
     """
     if not any_dora(model):
         return

@@ -112,14 +112,7 @@ class TransAct(Method):
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """Energy at the inputs of the attention output and of the down projection, every block."""
-        ends = {
-            piece.module
-            for axis in spec.axes.values()
-            if axis.kind in self._kinds()
-            for piece in axis.slices
-            if piece.side == "in"
-        }
-        return tuple(Tap(module=name, stat=Energy) for name in spec.linears if name in ends)
+        return tuple(Tap(module=name, stat=Energy) for name in spec.consumers(self._kinds()))
 
     def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]]:
         """Equal widths in every block, or those the budget states.
