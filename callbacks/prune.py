@@ -74,7 +74,6 @@ class Prune(Callback):
         self.method, self.budget = method, budget
         self.schedule, self.statistics = schedule or OneShot(), statistics or Statistics()
         self.commit, self.optimizer_state = commit, optimizer_state
-        self._resets = optimizer_state == "reset"
         self.attribute = attribute
         self.progressive: Progressive | None = None
         self.cuts: tuple[Cut, ...] = ()
@@ -106,7 +105,7 @@ class Prune(Callback):
         if self.method is None:
             return
         guard.require_same(pl_module, self._describe(pl_module).model, self.attribute)
-        require_cuttable(trainer, reset=self._resets)
+        require_cuttable(trainer, reset=self.optimizer_state == "reset")
         for row in planned.table(self.plan_cuts(trainer, pl_module)):
             log.info("%-4s %-8s %s", *row)
         masked = not all(self._commits(number + 1) for number in range(len(self.cuts)))
@@ -230,7 +229,8 @@ class Prune(Callback):
         )  # fmt: skip
 
     def _commit(self, trainer: Trainer, progressive: Progressive) -> None:
-        commit_masked(trainer, progressive, self.statistics.probe, reset=self._resets)
+        reset = self.optimizer_state == "reset"
+        commit_masked(trainer, progressive, self.statistics.probe, reset=reset)
 
     def _commits(self, number: int) -> bool:
         last = number == len(self.cuts)
