@@ -17,6 +17,7 @@ from plprune.export import save_hf
 from plprune.export_card import CardInfo
 from plprune.export_config import Mode
 from plprune.lit import guard, measured, outputs
+from plprune.lit.strategies import adapter_for
 from plprune.load import STRUCTURE_FILE, load_tokenizer
 from plprune.lora import Injected
 from plprune.sharded import any_sharded
@@ -122,6 +123,7 @@ class ExportHF(Callback):
         if trainer.interrupted:
             return
         if any_sharded(model.parameters()):
+            adapter_for(trainer.strategy).rest(trainer)  # an evaluation leaves weights put together
             self._write(trainer, pl_module, model)  # all ranks help
             return
         with together():

@@ -256,7 +256,7 @@ class _Draft:
 
 def modeling_source() -> str:
     """The modeling file of per-layer exports, verbatim."""
-    return files("plprune").joinpath(f"templates/{MODELING_FILE}.txt").read_text("utf-8")
+    return files("plprune.templates").joinpath(f"{MODELING_FILE}.txt").read_text("utf-8")
 
 
 @functools.cache

@@ -78,7 +78,7 @@ def page(report: Report) -> str:
         f'<p class="quiet">{escape(missing(report))}</p>',
     ]
     facts = (f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in _facts(report))
-    template = Template(files("plprune").joinpath("templates/report.html").read_text("utf-8"))
+    template = Template(files("plprune.templates").joinpath("report.html").read_text("utf-8"))
     return template.substitute(
         title=escape(report.title),
         facts="".join(facts),

@@ -22,7 +22,7 @@ from plprune.lit.messages import is_first_process, is_refused_value, known_keys,
 from plprune.lit.model import LitCausalLM
 from plprune.lit.progress import with_progress
 from plprune.lit.run_config import RunConfig
-from plprune.lit.strategies import deepspeed
+from plprune.lit.strategies import deepspeed, fully_shard
 
 _PARTS: tuple[tuple[str, type], ...] = (
     ("lora", LoRARecovery),
@@ -34,6 +34,7 @@ _PARTS: tuple[tuple[str, type], ...] = (
 
 
 deepspeed.register()
+fully_shard.register()
 
 
 class PlpruneCLI(LightningCLI):

@@ -246,7 +246,8 @@ class LitTokens(LightningDataModule):
         Raises:
             CheckpointError: it is inside an epoch over other training blocks.
         """
-        if self._training is None:  # not a training run
+        trains = self.trainer is None or self.trainer.state.fn == "fit"
+        if self._training is None or not trains:
             return
         saved, position = state_dict["train_sha256"], state_dict["position"]
         if saved != self._training.sha256 and position["batch"] > 0:

@@ -34,11 +34,13 @@ class RunConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it: a run that is refused before leaves nothing."""
+        # On all ranks: the trainer asks rank 0 for its folder, and all must answer.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file; called on rank 0."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = self._folder
         if "://" in str(folder):
             return  # checkpoints have it
         folder.mkdir(parents=True, exist_ok=True)

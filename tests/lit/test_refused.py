@@ -176,7 +176,7 @@ def test_strategies_that_cannot_be_cut(kind: type) -> None:
         adapter_for(kind.__new__(kind))
     assert str(caught.value) == (
         f"this strategy cannot be cut during fit: given {kind.__name__}; allowed auto (one "
-        "device), ddp, ModelParallelStrategy (FSDP2), zero1, zero2, zero3; fix: take fsdp2 instead "
+        "device), ddp, fsdp2, zero1, zero2, zero3; fix: take fsdp2 instead "
         "of FSDP1, and zero3 (plprune.lit.strategies.deepspeed.ZeRO) instead of Lightning's "
         "DeepSpeed: see configs/strategies"
     )

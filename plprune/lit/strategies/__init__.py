@@ -16,6 +16,7 @@ from plprune.errors import ConfigError
 from plprune.lit.strategies.base import Adapter
 from plprune.lit.strategies.deepspeed import ZeRO
 from plprune.lit.strategies.fsdp2 import FSDP2
+from plprune.lit.strategies.fully_shard import FullyShard
 from plprune.lit.strategies.plain import DDP, SingleDevice
 from plprune.lit.strategies.zero import ZeROAdapter
 
@@ -56,14 +57,14 @@ def adapter_for(strategy: Strategy) -> Adapter:
         return SingleDevice()
     if type(strategy) is DDPStrategy:
         return DDP()
-    if type(strategy) is ModelParallelStrategy:
+    if type(strategy) in (ModelParallelStrategy, FullyShard):
         return FSDP2()
     if isinstance(strategy, ZeRO):
         return ZeROAdapter()
     raise ConfigError(
         "this strategy cannot be cut during fit",
         given=type(strategy).__name__,
-        allowed="auto (one device), ddp, ModelParallelStrategy (FSDP2), zero1, zero2, zero3",
+        allowed="auto (one device), ddp, fsdp2, zero1, zero2, zero3",
         fix="take fsdp2 instead of FSDP1, and zero3 (plprune.lit.strategies.deepspeed.ZeRO) "
         "instead of Lightning's DeepSpeed: see configs/strategies",
     )

@@ -62,6 +62,8 @@ class ZeROAdapter(Adapter):
     def fits(self, trainer: Trainer, path: Path) -> bool:
         """Folders of the same stage from as many processes; see `Adapter.fits`."""
         strategy: Any = trainer.strategy
+        if not strategy.optimizers:  # DeepSpeed loads into an engine that trains, no other
+            return False
         stage = strategy.config["zero_optimization"]["stage"]
         return zero_folder.is_one(path) and zero_folder.fits(path, stage, trainer.world_size)
 
@@ -122,7 +124,10 @@ class ZeROAdapter(Adapter):
                 held.data = held.data.new_empty(0)
             done.append(applied)
 
-        rebuild(trainer, change, cuts, reset=reset)
+        if trainer.strategy.optimizers:
+            rebuild(trainer, change, cuts, reset=reset)
+        else:  # a checkpoint is loaded to be measured
+            _without_optimizer(trainer.strategy, root, change, cuts)
         return done[0]
 
     def write(self, trainer: Trainer, parameter: nn.Parameter, full: Tensor) -> None:
@@ -134,11 +139,7 @@ class ZeROAdapter(Adapter):
 
     def finish(self, trainer: Trainer) -> None:
         """Build an engine without optimizer: masters of a merged model would be all of it again."""
-        strategy: Any = trainer.strategy
-        root = trainer.lightning_module
-        teardown(strategy, root)
-        _leave_flat_buffers(root, {})
-        strategy._initialize_deepspeed_inference(root)
+        _without_optimizer(trainer.strategy, trainer.lightning_module, lambda: None, {})
 
     def refit(self, trainer: Trainer) -> None:
         """Build an engine over what is trainable now; state of what stays trainable is kept."""
@@ -183,6 +184,15 @@ def rebuild(
         for group, rate in zip(groups, rates, strict=False):
             group["lr"] = rate
     put_back(strategy, root, saved)
+
+
+def _without_optimizer(
+    strategy: Any, root: nn.Module, change: Callable[[], object], cuts: Mapping[str, Cuts]
+) -> None:
+    teardown(strategy, root)
+    _leave_flat_buffers(root, cuts)
+    change()
+    strategy._initialize_deepspeed_inference(root)
 
 
 def _fill_state(strategy: Any, root: nn.Module, saved: SavedState) -> None:

@@ -1,0 +1,94 @@
+"""The `plprune` command itself on several processes: fit with report and export, then validate."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from strategy_runs import everything
+
+import fitting
+from plprune.lit.cli import PlpruneCLI, main
+from ranks import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:When saving the DeepSpeed Stage 3")
+STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "strategies"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fitting.saved(tmp_path_factory.mktemp("base"))
+
+
+def written(base: Path, out: Path, world: int) -> Path:
+    out.mkdir()
+    values = fitting.run_values(base, out, steps=4, last_cut=3)
+    values["trainer"] |= {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    values["data"]["batch_size"] = 2 // world
+    values["report"] = {"directory": str(out / "report"), "measure_speed": False}
+    values["export"] = {"directory": str(out / "model")}
+    file = out / "run.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return file
+
+
+def run(command: list[str]) -> int:
+    return main(command)
+
+
+def command(file: Path, strategy: str) -> list[str]:
+    stacked = ["--config", str(file), "--config", str(CONFIGS / f"{strategy}.yaml")]
+    return [*stacked, "--trainer.accelerator", "cpu"]
+
+
+def validated(args: list[str]) -> float:
+    """Perplexity that `plprune validate` logs."""
+    cli: Any = PlpruneCLI(["validate", *args])
+    return float(cli.trainer.callback_metrics["val_perplexity"])
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert run_ranks(run, 1, ["fit", *command(written(base, out, 1), "single")]) == [0]
+    return out
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fit_report_export_and_validate(strategy: str, base: Path, alone: Path, tmp_path: Path):
+    file = written(base, tmp_path / "run", 2)
+    args = command(file, strategy)
+    assert run_ranks(run, 2, ["fit", *args]) == [0, 0]
+    one, two = everything(alone / "model"), everything(tmp_path / "run" / "model")
+    assert one.keys() == two.keys()
+    for name, value in two.items():
+        torch.testing.assert_close(value, one[name], rtol=2e-4, atol=2e-5)
+    assert (tmp_path / "run" / "report").is_dir()
+    assert (tmp_path / "run" / "plprune_config.yaml").is_file()
+    # Checkpoints of this strategy, and of one process, are measured by all of them.
+    expected = run_ranks(
+        validated, 1, [*command(alone / "run.yaml", "single"), *at(alone / "ckpt")]
+    )[0]
+    for folder in (tmp_path / "run", alone):
+        its = command(folder / "run.yaml", strategy)
+        found = run_ranks(validated, 2, [*its, *at(folder / "ckpt")])
+        assert found == pytest.approx([expected] * 2, rel=1e-3)
+
+
+def at(folder: Path) -> list[str]:
+    return ["--ckpt_path", str(folder / "step=4.ckpt")]
+
+
+@pytest.mark.world_size(2)
+def test_fsdp2_counts_its_processes(base: Path, tmp_path: Path):
+    file = written(base, tmp_path / "run", 1)
+    values = yaml.safe_load(file.read_text("utf-8"))
+    changed = copy.deepcopy(values)
+    changed.pop("report")
+    file.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    assert run_ranks(run, 1, ["fit", *command(file, "fsdp2"), "--trainer.devices", "1"]) == [0]
+    assert everything(tmp_path / "run" / "model")
