@@ -6,8 +6,9 @@ import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, cast, final, get_args
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from plprune.describe import describe
@@ -17,6 +18,7 @@ from plprune.export import save_hf
 from plprune.export_card import CardInfo
 from plprune.export_config import Mode
 from plprune.lit import guard, measured, outputs
+from plprune.lit.foreseen import require_exportable
 from plprune.lit.strategies import adapter_for
 from plprune.load import STRUCTURE_FILE, load_tokenizer
 from plprune.lora import Injected
@@ -93,29 +95,15 @@ class ExportHF(Callback):
                         self.directory,
                         overwrite=self.overwrite,
                         ours=lambda names: STRUCTURE_FILE in names,
+                        key="export.overwrite: true",
                     )
             guard.ensure_model(pl_module)
             model = find_model(pl_module, self.attribute)
-            self._require_equal_widths(trainer)
+            require_exportable(trainer, unwrap(model), self.directory, self.mode, self._dtype())
             self._dense, self._loaded = describe(model), None
             with together():
                 if trainer.is_global_zero:
                     self._loaded = self._tokenizer(trainer, unwrap(model))
-
-    def _require_equal_widths(self, trainer: Trainer) -> None:
-        """Refuse `plain` where the budget itself asks for layers that differ."""
-        pruner = guard.pruner_of(trainer)
-        if self.mode != "plain" or pruner is None or pruner.budget is None:
-            return
-        widths = pruner.method.widths(pruner.progressive.dense, pruner.budget) or {}
-        uneven = next((kind for kind, blocks in widths.items() if len(set(blocks)) > 1), None)
-        if uneven is not None:
-            raise ExportError(
-                "no stock class can hold layers of different widths",
-                given=f"export.mode: plain, and {uneven} widths {widths[uneven]}",
-                allowed="equal widths in all layers",
-                fix="set export.mode: auto, or one width in budget.widths",
-            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, unless the run was interrupted."""
@@ -130,12 +118,13 @@ class ExportHF(Callback):
             if trainer.is_global_zero:
                 self._write(trainer, pl_module, model)
 
+    def _dtype(self) -> torch.dtype | None:
+        return None if self.dtype is None else cast(torch.dtype, getattr(torch, self.dtype))
+
     def _write(self, trainer: Trainer, pl_module: LightningModule, model: Any) -> None:
         progressive = guard.progressive_of(trainer)
         spec = describe(model) if progressive is None else progressive.spec
         dense = self._dense if progressive is None else progressive.dense
-        import torch
-
         self.written = save_hf(
             model,
             self.directory,
@@ -144,7 +133,7 @@ class ExportHF(Callback):
             tokenizer=self._loaded,
             card=CardInfo(**self._card(trainer, pl_module, model)),
             overwrite=self.overwrite,
-            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            dtype=self._dtype(),
             mode=self.mode,
             adapters=_adapters(trainer, model),
         )
@@ -184,13 +173,20 @@ def _adapters(trainer: Trainer, model: Any) -> Injected | None:
     return next((one for one in found if one is not None and one.model is model), None)
 
 
-def require_writable(directory: Path, *, overwrite: bool, ours: Callable[[set[str]], bool]) -> None:
+def require_writable(
+    directory: Path,
+    *,
+    overwrite: bool,
+    ours: Callable[[set[str]], bool],
+    key: str = "--overwrite",
+) -> None:
     """Refuse a target directory that exists or cannot be made.
 
     Args:
         directory: target.
         overwrite: whether it may exist.
         ours: says of the names in a directory that is not empty whether it may be replaced.
+        key: what a user sets to let it be replaced.
 
     Raises:
         ExportError: naming the directory and the way out.
@@ -200,7 +196,7 @@ def require_writable(directory: Path, *, overwrite: bool, ours: Callable[[set[st
             "the target directory exists",
             given=str(directory),
             allowed="a directory that does not exist yet",
-            fix="choose another one or pass --overwrite (export.overwrite: true)",
+            fix=f"choose another one, or replace it with {key}",
         )
     if directory.exists():
         names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {""}

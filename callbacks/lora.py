@@ -89,6 +89,7 @@ class LoRARecovery(Callback):
                     self.adapter_dir,
                     overwrite=self.overwrite,
                     ours=lambda names: "adapter_config.json" in names,
+                    key="lora.overwrite: true",
                 )
         guard.ensure_model(pl_module)
         model = unwrap(find_model(pl_module, self.attribute))

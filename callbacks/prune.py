@@ -79,8 +79,7 @@ class Prune(Callback):
         self.cuts: tuple[Cut, ...] = ()
         self._length: Length | None = None
         self._watch = Watch()
-        self._rng: guard.RandomState | None = None
-        """Where the random stream of an interrupted run goes on."""
+        self._rng: guard.RandomState | None = None  # where an interrupted run goes on
         self._before_validation: guard.RandomState | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -161,6 +160,8 @@ class Prune(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a cut that is due before the first step."""
         if self.method is not None:
+            progressive = self._describe(pl_module)
+            planned.require_ahead(progressive.spec, self.cuts[progressive.done :])
             self._cut_if_due(trainer, pl_module)
 
     def on_train_batch_start(
@@ -281,8 +282,7 @@ class Prune(Callback):
     ) -> None:
         """Leave no hook behind (Lightning calls no `teardown` then); say if a process is lost."""
         self.teardown(trainer, pl_module, "fit")
-        if (found := lost.said(exception)) is not None:
-            log.error(found)
+        lost.report(exception, log)
 
     def _save(self) -> dict[str, Any]:
         pruned = {} if self.progressive is None else self.progressive.state()

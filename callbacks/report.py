@@ -102,7 +102,10 @@ class PruneReport(Callback):
         with together():
             if trainer.is_global_zero:
                 require_writable(
-                    self.directory, overwrite=self.overwrite, ours=lambda names: names <= set(FILES)
+                    self.directory,
+                    overwrite=self.overwrite,
+                    ours=lambda names: names <= set(FILES),
+                    key="report.overwrite: true",
                 )
         guard.ensure_model(pl_module)
         model, known = find_model(pl_module, self.attribute), self._log

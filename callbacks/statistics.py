@@ -74,7 +74,8 @@ class Statistics:
                 "no source of calibration batches",
                 given=f"data module {type(getattr(trainer, 'datamodule', None)).__name__}",
                 allowed="a data module with calibration_batches(step, fixed), or batches",
-                fix="use LitTokens, pass Statistics(batches=[...]), or set source: training",
+                fix="use LitTokens (with calibration_samples above 0), pass "
+                "Statistics(batches=[...]), or set source: training",
             )
         self._keep()
         # Other iterables, such as a DataLoader, draw random numbers: they wait for their cut.

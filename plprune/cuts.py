@@ -128,6 +128,31 @@ def _first(value: object) -> object:
     return value[0] if isinstance(value, list) else value
 
 
+def require_ahead(spec: Spec, left: Sequence[Cut]) -> None:
+    """Refuse cuts to more than is left, in a run that goes on with another budget.
+
+    Args:
+        spec: the model as it is.
+        left: cuts that are not made yet.
+
+    Raises:
+        BudgetError: naming the first.
+    """
+    for cut in left:
+        for kind, widths in cut.budget.widths.items():
+            have = units_per_group(spec, kind)
+            wanted = widths if isinstance(widths, list) else [widths] * len(have)
+            if any(want > there for want, there in zip(wanted, have, strict=True)):
+                raise BudgetError(
+                    "the budget asks for more than earlier cuts have left",
+                    given=f"{kind} {_span(wanted)} after the cut at step {cut.step}, of "
+                    f"{_span(have)} that are there",
+                    allowed="a budget below what the checkpoint holds",
+                    fix="resume with the budget of the checkpoint or a smaller one, or from an "
+                    "earlier checkpoint",
+                )
+
+
 def table(planned: Sequence[Cut]) -> list[tuple[str, ...]]:
     """A schedule as rows of text.
 

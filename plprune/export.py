@@ -20,7 +20,7 @@ from plprune.describe import describe
 from plprune.errors import ExportError
 from plprune.export_card import CardInfo, card_text
 from plprune.export_config import MODELING_FILE, Mode, Target, modeling_source, target_for
-from plprune.export_folder import staging
+from plprune.export_folder import no_space, staging
 from plprune.export_weights import bytes_of, dtype_of, is_tied, tensors_of, write_shards
 from plprune.files import write_json
 from plprune.load import STRUCTURE_ATTRIBUTE, STRUCTURE_FILE
@@ -165,12 +165,7 @@ def _check_model(model: nn.Module, spec: Spec, structure: Mapping[str, Any]) -> 
 def _check_space(work: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     free, needed = shutil.disk_usage(work).free, bytes_of(tensors, dtype)
     if free < needed:
-        raise ExportError(
-            "not enough space for the export",
-            given=f"{free / 1e9:.1f} GB free",
-            allowed=f"at least {needed / 1e9:.1f} GB",
-            fix="free some space, export to another disk, or set dtype: bfloat16",
-        )
+        raise no_space(free, needed)
 
 
 def _fill(

@@ -80,3 +80,13 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
             allowed=f"a folder with {STRUCTURE_FILE}, or an empty one",
             fix="choose another directory, or remove this one yourself",
         )
+
+
+def no_space(free: int, needed: int) -> ExportError:
+    """What to say of a disk that is too full."""
+    return ExportError(
+        "not enough space for the export",
+        given=f"{free / 1e6:.4g} MB free",
+        allowed=f"at least {needed / 1e6:.4g} MB",
+        fix="free some space, export to another disk, or set dtype: bfloat16",
+    )

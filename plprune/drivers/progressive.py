@@ -13,7 +13,8 @@ from plprune.budget import Budget
 from plprune.count import count_params
 from plprune.describe import describe
 from plprune.drivers.whole import Batch, Progress, calibrate, decide
-from plprune.errors import CheckpointError, PlanError
+from plprune.errors import CheckpointError, PlanError, StructureError
+from plprune.export_weights import is_tied
 from plprune.masks import LogicalMasks
 from plprune.methods.base import Method
 from plprune.observe import StatMap
@@ -156,6 +157,7 @@ class Progressive:
         """Everything a checkpoint needs, as plain values."""
         return {
             "done": self.done,
+            "tied": is_tied(unwrap(self.model)),
             "base": str(getattr(cast(Any, unwrap(self.model)).config, "_name_or_path", "")),
             "structure": self.structure(),
             "committed": structure_of(self.physical, self.dense),
@@ -176,7 +178,14 @@ class Progressive:
             CheckpointError: if this model was cut already, differently.
             StructureError: if the structure is damaged or belongs to another base model.
         """
-        committed = state["committed"]
+        committed, tied = state["committed"], is_tied(unwrap(self.model))
+        if state.get("tied", tied) != tied:
+            raise StructureError(
+                "the checkpoint is of a model whose output head is tied otherwise",
+                given=f"a model with a {'tied' if tied else 'separate'} head",
+                allowed="a tied one" if not tied else "a separate one",
+                fix="use the base model of the checkpoint",
+            )
         if committed["fingerprint"] != self.physical.fingerprint:
             if self.physical is not self.dense:
                 raise CheckpointError(

@@ -103,6 +103,8 @@ def _problem(batch: Any, vocabulary: int | None) -> str:
         return "no input_ids" if ids is None else f"input_ids of type {type(ids).__name__}"
     if ids.ndim != 2 or ids.numel() == 0:
         return f"input_ids of shape {list(ids.shape)}"
+    if ids.shape[1] < 2:
+        return f"input_ids of shape {list(ids.shape)}: a loss needs two tokens"
     if ids.dtype not in (torch.int64, torch.int32):
         return f"input_ids of {ids.dtype}"
     if "attention_mask" in batch and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
@@ -138,4 +140,5 @@ def rank_and_world(trainer: Trainer) -> tuple[int, int]:
 
 def has_source(trainer: Trainer) -> bool:
     """True if the data module offers calibration batches."""
-    return hasattr(getattr(trainer, "datamodule", None), "calibration_batches")
+    data = getattr(trainer, "datamodule", None)
+    return hasattr(data, "calibration_batches") and getattr(data, "calibrates", True)

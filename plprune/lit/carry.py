@@ -32,6 +32,7 @@ from plprune.lit import folders
 from plprune.lit.saved import open_saved
 from plprune.lit.saved.state import GROUPS, PARTS, as_checkpoint
 from plprune.lit.strategies import adapter_for, groups_of
+from plprune.lit.strategies.filling import require_same_optimizer
 
 KEY = PARTS
 log = logging.getLogger(__name__)
@@ -92,6 +93,14 @@ class Carried:
             state = open_saved(Path(path))
         adapter.fill(trainer, state)
         return state.rest
+
+    def load_optimizers(self, own: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
+        """Load as the strategy does, into an optimizer of the same kind."""
+        saved = (checkpoint.get(KEY) or {}).get(GROUPS) or []
+        now = groups_of(_trainer(self.strategy))
+        if saved and now:
+            require_same_optimizer(now, saved)
+        own(checkpoint)
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Hand every part what a checkpoint holds of it."""
@@ -178,6 +187,8 @@ def _carried(strategy: Strategy) -> Carried:
     own.checkpoint_io = CarryIO(strategy.checkpoint_io)
     own.save_checkpoint = partial(made.save, strategy.save_checkpoint)
     own.load_checkpoint = partial(made.load, strategy.load_checkpoint)
+    loads = strategy.load_optimizer_state_dict
+    own.load_optimizer_state_dict = partial(made.load_optimizers, loads)
     own._plprune_carried = made
     return made
 

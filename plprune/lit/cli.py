@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from plprune import dist
 from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
-from plprune.errors import ConfigError, PlpruneError
+from plprune.errors import ConfigError, PlpruneError, first_line
 from plprune.lit import logs, lost
 from plprune.lit.carry import require_readable
 from plprune.lit.data import LitTokens
@@ -68,6 +70,15 @@ class PlpruneCLI(LightningCLI):
             args=list(args) if args is not None else None,
             run=run,
         )
+
+    def _set_seed(self) -> None:
+        """Seed; a number that is no seed is refused in one message."""
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigError(
+                "seed_everything is out of range", given=first_line(error), fix="e.g. 0"
+            ) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `prune` and the optional keys."""
@@ -126,7 +137,18 @@ class PlpruneCLI(LightningCLI):
         config["callbacks"] = []
         callbacks = [*present, *(own if isinstance(own, list) else [own])]
         shown = config.get("enable_progress_bar")
-        return self._instantiate_trainer(config, with_progress(callbacks, shown))
+        try:
+            return self._instantiate_trainer(config, with_progress(callbacks, shown))
+        except PlpruneError:
+            raise
+        except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+            raise ConfigError(
+                "the trainer cannot be set up",
+                given=first_line(error),
+                allowed="what this machine has: trainer.accelerator, devices, strategy (auto, ddp, "
+                "fsdp2, zero1, zero2, zero3)",
+                fix="see configs/strategies",
+            ) from error
 
 
 def _require_usable(trainer: dict[str, Any]) -> None:
@@ -135,6 +157,13 @@ def _require_usable(trainer: dict[str, Any]) -> None:
     if batches < 1:
         raise ConfigError(
             "trainer.accumulate_grad_batches out of range", given=str(batches), allowed="1 or more"
+        )
+    if isinstance(strategy, str) and strategy.startswith("deepspeed"):
+        raise ConfigError(
+            "Lightning's DeepSpeed strategy cannot be cut during fit",
+            given=f"trainer.strategy: {strategy}",
+            allowed="zero1, zero2, zero3, which do the same on every device",
+            fix="--config configs/strategies/zero3.yaml",
         )
     if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
         raise ConfigError(
@@ -180,13 +209,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first_process() or dist.world_size() > 1:
             sys.stderr.write(f"plprune: {found}\n")
         return 2
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EPERM):
+            raise
+        sys.stderr.write(f"plprune: {_not_written(error)}\n")
+        return 2
     except RuntimeError as error:
         gone = lost.said(error)
         if gone is None:
             raise
-        sys.stderr.write(f"plprune: {gone}\n")  # each process for itself: none can ask the others
+        if not getattr(error, lost.SAID, False):  # each process for itself: none can ask the others
+            sys.stderr.write(f"plprune: {gone}\n")
         return 2
     return 0
+
+
+def _not_written(error: OSError) -> ConfigError:
+    return ConfigError(
+        "a file cannot be written",
+        given=f"{error.filename or 'a file of the run'} ({error.strerror})",
+        allowed="a folder this process may write to, on a disk with space",
+        fix="change trainer.default_root_dir, the folder of checkpoints, or permissions; go on "
+        "from the last checkpoint (--ckpt_path)",
+    )
 
 
 def _lazy(name: str) -> Callable[[Sequence[str]], None]:
@@ -208,8 +253,8 @@ USAGE = """usage: plprune COMMAND [--config FILE ...] [--key value ...]
 train and prune (LightningCLI; `plprune fit --help` lists every key, YAMLs given by --config stack)
   fit        train, cut, recover, report, export
   validate   perplexity on the validation windows
-  test       perplexity on the test windows
-  predict    token log-likelihoods
+  test       the same windows, logged as test_perplexity
+  predict    negative log-likelihood of every token, for callbacks that write predictions
 
 around it
   plan       print schedule, widths, parameters and memory of a fit; touches nothing

@@ -21,6 +21,9 @@ from plprune.lit.loader import RankSampler, TokenLoader, TokenRows, collated
 from plprune.load import load_tokenizer
 from plprune.text import Rows, source_kind
 
+_MEASURES = ("validate", "test", "predict")
+"""What a trainer may do besides training."""
+
 
 class LitTokens(LightningDataModule):
     """Blocks of tokens for training, windows for validation, and calibration batches.
@@ -159,8 +162,11 @@ class LitTokens(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """The windows in order, or no loader without `val`; each process takes its share."""
-        return [] if self.corpus.val is None else self._window_loader()
+        """The windows in order; without `val`, no loader in `fit`. Each process takes its share."""
+        measures = self.trainer is not None and self.trainer.state.fn in _MEASURES
+        if self.corpus.val is None and not measures:
+            return []
+        return self._window_loader()
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The same windows as in validation."""
@@ -199,6 +205,11 @@ class LitTokens(LightningDataModule):
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         return progress.current.ready - progress.current.processed, progress.is_last_batch
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether there is a calibration set."""
+        return self.corpus.calibration_samples > 0
+
     def calibration_batches(self, step: int, fixed: bool = False) -> list[Batch]:
         """Draw a calibration set.
 
@@ -215,7 +226,12 @@ class LitTokens(LightningDataModule):
         """
         pool = self.training().pool
         if pool is None:
-            raise DataError("there is no calibration set", fix="set `data.calibration_samples`")
+            raise DataError(
+                "there is no calibration set",
+                given="data.calibration_samples: 0",
+                allowed="1 or more",
+                fix="set data.calibration_samples",
+            )
         return calibration_batches(
             pool,
             samples=self.corpus.calibration_samples,
@@ -246,8 +262,8 @@ class LitTokens(LightningDataModule):
         Raises:
             CheckpointError: it is inside an epoch over other training blocks.
         """
-        trains = self.trainer is None or self.trainer.state.fn == "fit"
-        if self._training is None or not trains:
+        measures = self.trainer is not None and self.trainer.state.fn in _MEASURES
+        if self._training is None or measures:
             return
         saved, position = state_dict["train_sha256"], state_dict["position"]
         if saved != self._training.sha256 and position["batch"] > 0:

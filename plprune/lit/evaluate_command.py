@@ -51,6 +51,7 @@ def _measure(given: Any, directory: str, windows: int | None) -> dict[str, Any]:
 
     from plprune.evaluate import perplexity, windows_from_source
     from plprune.load import load_hf, load_tokenizer
+    from plprune.positions import require_positions
 
     remote = {"trust_remote_code": given.trust_remote_code}
     tokenizer = load_tokenizer(given.tokenizer or directory, **remote)
@@ -63,6 +64,7 @@ def _measure(given: Any, directory: str, windows: int | None) -> dict[str, Any]:
         rows=given.rows,
     )
     model: Any = load_hf(directory, dtype=getattr(torch, given.dtype), **remote)
+    require_positions(model, given.seq_len, "--seq_len")
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     result = perplexity(

@@ -140,7 +140,7 @@ def length_of(trainer: Trainer) -> Length:
             "the run has no known end",
             given=f"{steps} optimizer steps",
             allowed="a positive number",
-            fix="set trainer.max_steps or trainer.max_epochs",
+            fix="set trainer.max_steps, or trainer.max_epochs if the data have a length",
         )
     batches = trainer.num_training_batches
     per_epoch = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from plprune.errors import first_line
 
+SAID = "_plprune_said"
+"""Attribute of an error that was reported already."""
 _SIGNS = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|time[d ]?-?out|socket (closed|error)"
     r"|nccl (error|communicator was aborted)|failed to (recv|send)|gloo",
@@ -36,3 +39,16 @@ def said(error: BaseException) -> str | None:
         f"{first_line(error)}; allowed all processes until the end; fix: look for the first error "
         "in the logs of the other processes, then go on from the last checkpoint (--ckpt_path)"
     )
+
+
+def report(error: BaseException, log: logging.Logger) -> None:
+    """Log what an error of a collective means, once.
+
+    Args:
+        error: that ended a run.
+        log: where to.
+    """
+    found = said(error)
+    if found is not None:
+        log.error(found)
+        setattr(error, SAID, True)

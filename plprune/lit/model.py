@@ -13,12 +13,13 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
-from plprune.errors import ConfigError
+from plprune.errors import ConfigError, first_line
 from plprune.lit.carry import KEY
 from plprune.lit.guard import length_of, progressive_of, require_structure
 from plprune.lit.strategies.fsdp2 import shard
 from plprune.lit.streamed import streamed
 from plprune.load import load_hf
+from plprune.positions import require_positions
 from plprune.schedule import Phase, learning_rate
 from plprune.skeleton import store_block_inputs
 
@@ -109,6 +110,11 @@ class LitCausalLM(LightningModule):
     def setup(self, stage: str) -> None:
         """Load the model once; callbacks that change it run right after and may rely on it."""
         self.configure_model()
+        corpus = getattr(getattr(self.trainer, "datamodule", None), "corpus", None)
+        if corpus is not None:
+            lengths = ("seq_len", "calibration_seq_len") if stage == "fit" else ()
+            for name in (*lengths, *(["val_seq_len"] if corpus.val is not None else [])):
+                require_positions(self.model, getattr(corpus, name), f"data.{name}")
 
     def configure_model(self) -> None:
         """Load the base model once, in the configured dtype: on the CPU, or each process its share.
@@ -130,7 +136,14 @@ class LitCausalLM(LightningModule):
         )  # fmt: skip
         if model is None:
             model = load_hf(self.pretrained, dtype=dtype, trust_remote_code=remote)
-        model.set_attn_implementation(attention)
+        try:
+            model.set_attn_implementation(attention)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(
+                "cannot use model.attn_implementation",
+                given=f"{attention} ({first_line(error)})",
+                allowed="eager, sdpa, or a kernel that is installed, such as flash_attention_2",
+            ) from error
         model.config.use_cache = False
         if self.checkpointed:
             store_block_inputs(model)

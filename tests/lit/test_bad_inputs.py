@@ -148,6 +148,29 @@ CASES = {
         message="tokenizer",
         spoil=removed("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     ),
+    "unknown attention kernel": Case(
+        message="cannot use model.attn_implementation: given foo",
+        keys={"model.attn_implementation": "foo"},
+    ),
+    "unknown strategy": Case(
+        message="the trainer cannot be set up: given", keys={"trainer.strategy": "foo"}
+    ),
+    "Lightning's DeepSpeed": Case(
+        message="Lightning's DeepSpeed strategy cannot be cut during fit",
+        keys={"trainer.strategy": "deepspeed_stage_2"},
+    ),
+    "no device": Case(message="the trainer cannot be set up", keys={"trainer.devices": 0}),
+    "no seed": Case(message="seed_everything is out of range", keys={"seed_everything": -3}),
+    "no calibration for a later cut": Case(
+        message="no source of calibration batches",
+        keys={
+            "data.calibration_samples": 0,
+            "prune.schedule": {
+                "class_path": "plprune.schedule.OneShot",
+                "init_args": {"at": 2},
+            },
+        },
+    ),
     "unknown dtype": Case(message="float8", keys={"model.dtype": "float8"}),
     "NaN statistics": Case(
         message="statistics are not finite", spoil=with_nan, keys={"report": None}

@@ -2,7 +2,11 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +21,7 @@ from plprune import quickstart
 from plprune.budget import Budget
 from plprune.callbacks import ExportHF, LoRARecovery, PruneReport
 from plprune.compensate import LeastSquares
-from plprune.errors import ConfigError
+from plprune.errors import ConfigError, ExportError
 from plprune.lora import any_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
@@ -251,3 +255,43 @@ def test_the_quickstart_keeps_its_folders(capsys: pytest.CaptureFixture[str]) ->
     for key in ("--report.directory=x", "--export=null"):
         assert quickstart.main([key]) == 2
         assert f"reads its report and its export: given {key}" in capsys.readouterr().err
+
+
+def test_adapters_of_the_users_own_that_nobody_merges(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    module = User()
+    peft = get_peft_model(module.net, LoraConfig(r=2, target_modules=["q_proj"]))
+    setattr(module, module.hangs, peft)
+    with pytest.raises(ExportError, match="nobody will merge the adapters of this model"):
+        fit(module, [prune(), ExportHF(str(tmp_path / "m"), tokenizer="none")])
+    assert module.losses == []
+
+
+def test_a_stock_class_that_cannot_have_the_heads(tmp_path: Path) -> None:
+    export = ExportHF(str(tmp_path / "m"), tokenizer="none", mode="plain")
+    budget = Budget(widths={"kv_group": 4})
+    refused("no stock class can hold the pruned model", [prune(budget=budget), export],
+            variant="opt-mha")  # fmt: skip
+
+
+def test_a_disk_that_is_full_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    export = ExportHF(str(tmp_path / "m"), tokenizer="none")
+    refused("not enough space for the export: given 0.001 MB free", [prune(), export])
+
+
+def test_templates_are_found_from_a_folder_that_has_the_packages_name(tmp_path: Path) -> None:
+    (tmp_path / "plprune").mkdir()
+    code = (
+        "from plprune.export_config import modeling_source; modeling_source(); "
+        "from importlib.resources import files; "
+        "from plprune import report_html; "
+        "assert files('plprune.templates').joinpath('report.html').is_file()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

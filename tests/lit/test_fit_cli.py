@@ -1,5 +1,6 @@
 """The whole chain of `plprune fit` on a tiny model, interrupted, resumed, tested and refused."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -181,13 +182,13 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(
 def test_existing_targets_are_refused_before_anything_is_loaded(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("report", "model"):
+    for name, key in (("report", "report"), ("model", "export")):
         (tmp_path / name).mkdir()
         message = refused(capsys, command(tmp_path, "fit", config(base, tmp_path)))
         assert message == (
             f"plprune: the target directory exists: given {tmp_path / name}; allowed a directory "
             "that does not exist "
-            "yet; fix: choose another one or pass --overwrite (export.overwrite: true)"
+            f"yet; fix: choose another one, or replace it with {key}.overwrite: true"
         )
         (tmp_path / name).rmdir()
     assert not (tmp_path / "ckpt").exists()
@@ -200,3 +201,52 @@ def test_the_module_checks_without_a_trainer(whole: tuple[PlpruneCLI, Path], bas
         LitCausalLM.load_from_checkpoint(
             whole[1] / "ckpt" / "step=8.ckpt", pretrained=str(base), weights_only=True
         )
+
+
+def resumed(
+    whole: tuple[PlpruneCLI, Path],
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+    **changes: Any,
+) -> str:
+    file = str(whole[1] / "ckpt" / f"step={step}.ckpt")
+    values = config(base, tmp_path, **changes)
+    return refused(capsys, command(tmp_path, "fit", values, "--ckpt_path", file))
+
+
+def test_a_base_that_is_tied_otherwise_is_refused(
+    whole: tuple[PlpruneCLI, Path], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    tiny_tokenizer(other)
+    tiny.model("llama-gqa-tied", dtype=torch.float32, vocab_size=256).save_pretrained(other)
+    message = resumed(whole, base, tmp_path, capsys, 3, model={"pretrained": str(other)})
+    assert message.startswith(
+        "plprune: the checkpoint is of a model whose output head is tied otherwise: given a model "
+        "with a tied head; allowed a separate one"
+    )
+
+
+def test_another_optimizer_is_refused(
+    whole: tuple[PlpruneCLI, Path], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(base, tmp_path)
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9, "lr": 0.1}}
+    model = {**values["model"], "optimizer": sgd}
+    message = resumed(whole, base, tmp_path, capsys, 3, model=model)
+    assert message.startswith("plprune: the checkpoint was written with another optimizer: given")
+    assert "momentum" in message
+    assert "betas" in message
+
+
+def test_a_budget_above_what_is_left_is_refused(
+    whole: tuple[PlpruneCLI, Path], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prune = copy.deepcopy(config(base, tmp_path)["prune"])
+    prune["budget"] = {"keep": 0.95, "widths": {"kv_group": 3}, "multiple_of": {"mlp": 1}}
+    message = resumed(whole, base, tmp_path, capsys, 3, prune=prune)
+    assert message.startswith(
+        "plprune: the budget asks for more than earlier cuts have left: given"
+    )

@@ -363,7 +363,7 @@ def test_last_cut_needs_cuts() -> None:
 
 def test_a_run_without_an_end_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"the run has no known end: .* fix: set trainer\.max_steps or"
+        ConfigError, match=r"the run has no known end: .* fix: set trainer\.max_steps, or"
     ):
         fit(User(), [prune()], max_steps=-1, max_epochs=-1)
 

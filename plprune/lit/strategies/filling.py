@@ -58,6 +58,32 @@ def fill_part(
     flat[stop - start :].zero_()
 
 
+def require_same_optimizer(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Refuse an optimizer of another kind than that of a checkpoint.
+
+    Args:
+        groups: of the optimizer, described.
+        saved: of the checkpoint.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    counts = [len(group["names"]) for group in groups], [len(group["names"]) for group in saved]
+    # Schedulers leave marks of their own in groups.
+    kinds = [{key for group in gs for key in group if "lr" not in key} for gs in (groups, saved)]
+    if counts[0] != counts[1] or kinds[0] != kinds[1]:
+        given, allowed = (
+            f"groups of {', '.join(map(str, count))} tensors with {', '.join(sorted(kind))}"
+            for count, kind in zip(counts, kinds, strict=True)
+        )
+        raise CheckpointError(
+            "the checkpoint was written with another optimizer",
+            given=given,
+            allowed=allowed,
+            fix="resume with the optimizer and the base model of the run",
+        )
+
+
 def fill_groups(groups: list[dict[str, Any]], saved: SavedState) -> None:
     """Give optimizer groups the hyperparameters of a checkpoint.
 
