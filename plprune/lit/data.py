@@ -163,10 +163,14 @@ class LitTokens(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The windows in order; without `val`, no loader in `fit`. Each process takes its share."""
-        measures = self.trainer is not None and self.trainer.state.fn in _MEASURES
-        if self.corpus.val is None and not measures:
+        if self.corpus.val is None and not self._measures():
             return []
         return self._window_loader()
+
+    def _measures(self) -> bool:
+        """Whether a trainer runs now that does not train."""
+        state = None if self.trainer is None else self.trainer.state
+        return state is not None and state.stage is not None and state.fn in _MEASURES
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The same windows as in validation."""
@@ -262,8 +266,7 @@ class LitTokens(LightningDataModule):
         Raises:
             CheckpointError: it is inside an epoch over other training blocks.
         """
-        measures = self.trainer is not None and self.trainer.state.fn in _MEASURES
-        if self._training is None or measures:
+        if self._training is None or self._measures():
             return
         saved, position = state_dict["train_sha256"], state_dict["position"]
         if saved != self._training.sha256 and position["batch"] > 0:
