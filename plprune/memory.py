@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plprune.errors import ConfigError
-from plprune.memory_shared import SHARDED, pieces, shared
+from plprune.memory_shared import SHARDED, pieces
 from plprune.memory_trace import fake_copy
 from plprune.spec import Spec
 from plprune.stats.base import Tap
@@ -142,7 +142,8 @@ def estimate(stages: Stages, setup: Setup, statistics: int = 0) -> tuple[Phase, 
         statistics: bytes of a calibration pass, see `statistics_bytes`.
 
     Returns:
-        Phases load, observe, cut, train, train_pruned and export, for one device.
+        Phases load, observe, cut, train, train_pruned and export, for one process that holds
+        everything; `memory_shared.shared` divides them.
     """
     trained = stages.first if stages.at_start else stages.dense
     load = Phase(name="load", weights=_bytes(_tensors(stages.dense)))
@@ -152,7 +153,7 @@ def estimate(stages: Stages, setup: Setup, statistics: int = 0) -> tuple[Phase, 
     held = replace(load if stages.at_start else train, activations=0)
     looks = observing(stages.dense, setup, logits=False)
     probe = observing(stages.dense, setup, logits=True)
-    phases = (
+    return (
         load,
         replace(held, name="observe", activations=looks, statistics=statistics),
         replace(held, name="cut", activations=probe, copies=_new(stages, held)),
@@ -160,7 +161,6 @@ def estimate(stages: Stages, setup: Setup, statistics: int = 0) -> tuple[Phase, 
         replace(pruned, name="train_pruned"),
         _exporting(pruned, stages.last),
     )
-    return tuple(shared(phase, setup, stages.dense) for phase in phases)
 
 
 def training(model: nn.Module, setup: Setup) -> Phase:

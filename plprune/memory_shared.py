@@ -59,6 +59,9 @@ def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
     """
     parts = SHARDED[setup.strategy]
     world = setup.world_size
+    if setup.strategy.startswith("zero") and setup.exact_precision in ("bf16-true", "16-true"):
+        # Masters and moments in float32; the optimizer that was looked at keeps them like weights.
+        phase = replace(phase, optimizer=2 * phase.optimizer + 2 * phase.gradients)
     mine = replace(phase, **{part: -(-getattr(phase, part) // world) for part in parts})
     if "weights" not in parts or world == 1:
         return mine
@@ -75,3 +78,29 @@ def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
     if phase.name == "export":
         return mine
     return replace(mine, copies=gathered)
+
+
+def traffic(train: Phase, setup: Setup) -> tuple[int, int]:
+    """What one device sends in an optimizer step, by the textbook cost of each collective.
+
+    With w devices a gather or a scatter of n bytes costs n (w - 1) / w, an all-reduce twice that.
+    Divided weights are gathered for the forward and for the backward pass of every batch.
+
+    Args:
+        train: the phase of one process that holds everything.
+        setup: names the strategy, the number of devices and the batches of a step.
+
+    Returns:
+        Bytes for weights that are gathered, and for gradients that are reduced.
+    """
+    world, batches = setup.world_size, setup.accumulate
+    part = (world - 1) / world
+    parts = SHARDED[setup.strategy]
+    if "weights" in parts:
+        gathered, reduced = 2 * batches * train.weights, batches * train.gradients
+    elif "optimizer" in parts:  # each updates its share, and all need the result
+        gathered = train.gradients
+        reduced = (batches if "gradients" in parts else 1) * train.gradients
+    else:
+        gathered, reduced = 0, 0 if setup.strategy == "single" else 2 * train.gradients
+    return round(gathered * part), round(reduced * part)

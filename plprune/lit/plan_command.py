@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from plprune.lit.cli import PlpruneCLI
-from plprune.lit.plan_facts import Run, facts
+from plprune.lit.plan_facts import facts
+from plprune.lit.plan_memory import Run
 from plprune.lit.tables import lines, put_json, require_place, share, short, show, span
 
 HELP = """usage: plprune plan --config FILE [--config FILE ...] [--key value ...] [--json FILE]
@@ -106,7 +107,20 @@ def _show(found: dict[str, Any]) -> None:
         for phase in found["memory"]:
             memory.append((phase["name"], *(short(phase[part], "B") for part in _MEMORY)))
         show("Peak memory on one device", memory)
+    if found["devices"]:
+        first = found["devices"][0]
+        head = tuple(name.replace("_", " ") for name in first)
+        rows_ = [
+            tuple(_cell(name, value) for name, value in row.items()) for row in found["devices"]
+        ]
+        show(
+            "Peak memory of a device, and what it sends in a step, by their number", [head, *rows_]
+        )
     lines("Notes", [("-", note) for note in found["notes"]])
+
+
+def _cell(name: str, value: int) -> str:
+    return str(value) if name == "devices" else short(value, "B")
 
 
 def _schedule(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:

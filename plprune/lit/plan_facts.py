@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,40 +13,12 @@ from plprune.budget import Budget
 from plprune.count import count_flops, count_params, kv_cache_bytes, price
 from plprune.cuts import Cut
 from plprune.describe import describe
-from plprune.errors import PlpruneError
-from plprune.lit.run_length import accumulation, devices, run_length
+from plprune.lit.plan_memory import Run, memory_of, widths_of
+from plprune.lit.run_length import devices, run_length
 from plprune.lit.tables import span
-from plprune.memory import Setup, Stages, estimate, statistics_bytes
 from plprune.schedule import Length, Phase, TransActRamp
-from plprune.skeleton import config_of, shrink, skeleton, store_block_inputs
+from plprune.skeleton import config_of, skeleton
 from plprune.spec import Spec
-
-_HEAP = (
-    "a CPU's C library may keep freed memory: with MALLOC_MMAP_THRESHOLD_=65536 in the environment "
-    "peaks are as estimated, without it up to twice as high"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The parts of a run."""
-
-    model: Any
-    """`LitCausalLM`, nothing loaded."""
-    data: Any
-    """`LitTokens`, nothing read."""
-    trainer: Any
-    """Arguments of the trainer, by name."""
-    pruner: Any = None
-    """`Prune` with a method, or None."""
-    lora: Any = None
-    """`LoRARecovery`, or None."""
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step on all devices."""
-        batch = self.data.batch_size * self.data.corpus.seq_len
-        return int(batch * accumulation(self.trainer) * devices(self.trainer))
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -59,7 +28,7 @@ def facts(run: Run) -> dict[str, Any]:
         run: its parts.
 
     Returns:
-        JSON-able: run, dense, cuts, recovery, budget_base, widths, memory, notes.
+        JSON-able: run, dense, cuts, recovery, budget_base, widths, memory, devices, notes.
     """
     config = config_of(run.model.pretrained, trust_remote_code=run.model.trust_remote_code)
     name = run.model.dtype_name
@@ -84,7 +53,7 @@ def facts(run: Run) -> dict[str, Any]:
             row["peak_learning_rate"] = run.model.rate.peak * row.pop("peak")
         else:
             row.pop("peak", None)
-    memory, notes = _memory(run, model, spec, cuts)
+    memory, notes = memory_of(run, model, spec, cuts)
     return {
         "run": _about(run, model, spec, length),
         "dense": rows[0],
@@ -92,7 +61,7 @@ def facts(run: Run) -> dict[str, Any]:
         "recovery": stretches,
         "budget_base": "-" if budget is None else f"{budget.of}, {budget.base}",
         "widths": _final(spec, rows[-1]),
-        "memory": memory,
+        **memory,
         "notes": [*_notes(run), *notes],
     }
 
@@ -117,7 +86,7 @@ def _row(spec: Spec, cut: Cut | None, budget: Budget | None, name: str) -> dict[
         "step": 0 if cut is None else cut.step,
         "peak_learning_rate": None,
     }
-    widths = _widths(spec, cut)
+    widths = widths_of(spec, cut)
     if widths is None:
         assert cut is not None, "the dense widths are known"
         unknown = dict.fromkeys(("widths", "params", "flops_per_token", "kv_cache_bytes_per_token"))
@@ -134,19 +103,6 @@ def _row(spec: Spec, cut: Cut | None, budget: Budget | None, name: str) -> dict[
         "flops_per_token": int(count_flops(spec, sizes, context=context).model),
         "kv_cache_bytes_per_token": int(kv_cache_bytes(spec, sizes)),
     }
-
-
-def _widths(spec: Spec, cut: Cut | None) -> dict[str, list[int]] | None:
-    dense = {kind: units_per_group(spec, kind) for kind in spec.kinds()}
-    if cut is None:
-        return dense
-    if not cut.budget.widths:
-        return None
-    stated = {
-        kind: list(w) if isinstance(w, list) else [w] * len(spec.blocks)
-        for kind, w in cut.budget.widths.items()
-    }
-    return dense | stated
 
 
 def _stretches(
@@ -176,89 +132,6 @@ def _final(spec: Spec, last: dict[str, Any]) -> dict[str, Any]:
         kind: {"dense": units_per_group(spec, kind), "kept": list(kept)}
         for kind, kept in last["widths"].items()
     }
-
-
-def _memory(
-    run: Run, model: nn.Module, spec: Spec, cuts: tuple[Cut, ...]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Phases, and why there are none or what they leave out."""
-    notes = [_HEAP] if not _on_gpu(run) else []
-    known = [widths for cut in cuts if (widths := _widths(spec, cut)) is not None]
-    if len(known) < len(cuts):
-        notes.append("widths depend on data: memory after cuts is given at the dense size")
-    if run.lora is not None and run.lora.start == "last_cut":
-        notes.append("lora.start: last_cut: memory is that of the full training before it")
-    if run.model.checkpointed:
-        store_block_inputs(model)
-    commits = _committed(run, len(cuts))
-    small = [
-        shrink(copy.deepcopy(model), sizes_of(spec, known[n - 1])) if known else model
-        for n in dict.fromkeys(commits)
-    ]
-    stages = Stages(
-        dense=model,
-        first=small[0] if small else model,
-        last=small[-1] if small else model,
-        at_start=bool(cuts) and cuts[commits[0] - 1].step == 0,
-    )
-    try:
-        setup = _setup(run)
-        taps = () if run.pruner is None else run.pruner.method.taps(spec)
-        phases = estimate(stages, setup, statistics_bytes(spec, taps))
-    except PlpruneError:
-        raise
-    except Exception as error:  # a model may do in its forward what tensors without data cannot
-        return [], [*notes, f"memory was not estimated: {type(error).__name__}: {error}"]
-    if not cuts:
-        phases = tuple(p for p in phases if p.name in ("load", "train", "export"))
-    return [phase.to_dict() for phase in phases], notes
-
-
-def _committed(run: Run, cuts: int) -> list[int]:
-    """Numbers of the first and the last cut that make tensors smaller."""
-    if cuts == 0:
-        return []
-    every = run.pruner.commit
-    first = 1 if every == "every" else cuts if every == "last" else min(int(every), cuts)
-    return [first, cuts]
-
-
-def _setup(run: Run) -> Setup:
-    observed = run.pruner is not None and run.pruner.statistics.source != "training"
-    trains_adapters = run.lora is not None and run.lora.start == "fit"
-    return Setup(
-        batch_size=run.data.batch_size,
-        seq_len=run.data.corpus.seq_len,
-        calibration=(run.data.batch_size if observed else 0, run.data.corpus.calibration_seq_len),
-        precision=str(run.trainer.get("precision") or "32-true"),
-        accumulate=accumulation(run.trainer),
-        lora=run.lora.config if trains_adapters else None,
-        optimizer=run.model.optimizer_class,
-        foreach=_on_gpu(run),
-        strategy=_strategy(run),
-        world_size=devices(run.trainer),
-    )
-
-
-def _on_gpu(run: Run) -> bool:
-    accelerator = str(run.trainer.get("accelerator", "auto"))
-    return accelerator in ("gpu", "cuda", "mps") or (
-        accelerator == "auto" and torch.cuda.is_available()
-    )
-
-
-def _strategy(run: Run) -> str:
-    """Its name in `plprune.memory_shared.SHARDED`; a strategy that is not known shares nothing."""
-    given = run.trainer.get("strategy", "auto")
-    text = str(given if isinstance(given, str) else given.get("class_path", "")).lower()
-    if re.fullmatch("zero[123]", text):
-        return text
-    if "deepspeed" in text:
-        stage = 2 if isinstance(given, str) else (given.get("init_args") or {}).get("stage", 2)
-        return f"zero{text[text.rfind('stage_') + 6]}" if "stage_" in text else f"zero{stage}"
-    if "fsdp" in text or "modelparallel" in text:
-        return "fsdp"
-    return "single" if devices(run.trainer) == 1 else "ddp"
 
 
 def _notes(run: Run) -> list[str]:

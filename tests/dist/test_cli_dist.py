@@ -14,7 +14,7 @@ from plprune.lit.cli import PlpruneCLI, main
 from ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:When saving the DeepSpeed Stage 3")
-STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"]
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "strategies"
 
 

@@ -21,7 +21,7 @@ from plprune.memory import (
     statistics_bytes,
     training,
 )
-from plprune.memory_shared import SHARDED, pieces
+from plprune.memory_shared import SHARDED, pieces, shared, traffic
 from plprune.memory_trace import Live
 from plprune.methods.transact import TransAct
 from plprune.skeleton import shrink, store_block_inputs
@@ -190,7 +190,7 @@ def test_strategies_divide_what_they_shard() -> None:
     one = {p.name: p for p in estimate(model, SETUP)}["train"]
     for strategy, parts in SHARDED.items():
         setup = Setup(batch_size=2, seq_len=12, strategy=strategy, world_size=4)
-        found: Phase = {p.name: p for p in estimate(model, setup)}["train"]
+        found: Phase = shared(one, setup, model.dense)
         for part in ("weights", "gradients", "optimizer"):
             divided = -(-getattr(one, part) // 4)
             assert getattr(found, part) == (divided if part in parts else getattr(one, part))
@@ -205,10 +205,36 @@ def test_what_is_gathered_is_counted() -> None:
     assert (unit, tensor) == (max(block, max(sizes.values())), max(sizes.values()))
     one = {p.name: p for p in estimate(model, SETUP)}
     setup = Setup(batch_size=2, seq_len=12, strategy="fsdp", world_size=4)
-    found = {p.name: p for p in estimate(model, setup)}
+    found = {name: shared(phase, setup, model.dense) for name, phase in one.items()}
     assert found["load"].copies == tensor
     assert found["train"].copies == one["train"].copies + min(2 * unit, one["train"].weights)
     assert found["cut"].copies >= -(-one["cut"].copies // 4) + 2 * tensor
+
+
+def test_zero_keeps_masters_and_moments_of_half_weights_in_float32() -> None:
+    numbers = 1000
+    whole = Phase(name="train", weights=2 * numbers, gradients=2 * numbers, optimizer=4 * numbers)
+    for precision, factor in (("bf16-true", 12), ("32-true", 4)):
+        setup = Setup(batch_size=1, seq_len=4, precision=precision, strategy="zero2", world_size=4)
+        assert shared(whole, setup, meta()).optimizer == factor * numbers // 4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gathered", "reduced"),
+    [
+        ("single", 0, 0),
+        ("ddp", 0, 2 * 40),  # one all-reduce at the end of the step
+        ("zero1", 40, 40),
+        ("zero2", 40, 3 * 40),
+        ("zero3", 3 * 2 * 100, 3 * 40),
+        ("fsdp", 3 * 2 * 100, 3 * 40),
+    ],
+)
+def test_traffic(strategy: str, gathered: int, reduced: int) -> None:
+    train = Phase(name="train", weights=100, gradients=40)
+    world = 1 if strategy == "single" else 4
+    setup = Setup(batch_size=1, seq_len=4, accumulate=3, strategy=strategy, world_size=world)
+    assert traffic(train, setup) == (gathered * 3 // 4, reduced * 3 // 4)
 
 
 def test_statistics_are_sums_in_float64() -> None:

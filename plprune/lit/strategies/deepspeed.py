@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
@@ -130,6 +130,8 @@ class ZeRO(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        # Without it DeepSpeed takes no optimizer but its own for state that is offloaded.
+        cast("dict[str, Any]", self.config).setdefault("zero_force_ds_cpu_optimizer", False)
         super()._initialize_deepspeed_train(model)
         give_timeout(self._timeout)
 
@@ -149,9 +151,18 @@ class ZeRO(DeepSpeedStrategy):
 
 
 def register() -> None:
-    """Make `zero1`, `zero2` and `zero3` names for `Trainer(strategy=...)`."""
+    """Make `zero1`, `zero2`, `zero3` and `zero3_offload` names for `Trainer(strategy=...)`."""
     for stage in (1, 2, 3):
         if f"zero{stage}" not in StrategyRegistry:
             StrategyRegistry.register(
                 f"zero{stage}", ZeRO, description=f"DeepSpeed ZeRO stage {stage}", stage=stage
             )
+    if "zero3_offload" not in StrategyRegistry:
+        StrategyRegistry.register(
+            "zero3_offload",
+            ZeRO,
+            description="DeepSpeed ZeRO stage 3, idle weights and optimizer state on the host",
+            stage=3,
+            offload_optimizer=True,
+            offload_parameters=True,
+        )

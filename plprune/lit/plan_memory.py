@@ -1,0 +1,181 @@
+"""Memory of a planned run, on one device and on others, and what devices send each other."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from plprune.allocate import sizes_of, units_per_group
+from plprune.cuts import Cut
+from plprune.errors import PlpruneError
+from plprune.lit.run_length import accumulation, devices
+from plprune.memory import Phase, Setup, Stages, estimate, statistics_bytes
+from plprune.memory_shared import shared, traffic
+from plprune.skeleton import shrink, store_block_inputs
+from plprune.spec import Spec
+
+_WORLDS = (8, 16, 64)
+"""Numbers of devices a plan shows beside its own."""
+_HEAP = (
+    "a CPU's C library may keep freed memory: with MALLOC_MMAP_THRESHOLD_=65536 in the environment "
+    "peaks are as estimated, without it up to twice as high"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run."""
+
+    model: Any
+    """`LitCausalLM`, nothing loaded."""
+    data: Any
+    """`LitTokens`, nothing read."""
+    trainer: Any
+    """Arguments of the trainer, by name."""
+    pruner: Any = None
+    """`Prune` with a method, or None."""
+    lora: Any = None
+    """`LoRARecovery`, or None."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step on all devices."""
+        batch = self.data.batch_size * self.data.corpus.seq_len
+        return int(batch * accumulation(self.trainer) * devices(self.trainer))
+
+
+def widths_of(spec: Spec, cut: Cut | None) -> dict[str, list[int]] | None:
+    """Units per block after a cut, or before the first; None where they depend on data."""
+    dense = {kind: units_per_group(spec, kind) for kind in spec.kinds()}
+    if cut is None:
+        return dense
+    if not cut.budget.widths:
+        return None
+    stated = {
+        kind: list(w) if isinstance(w, list) else [w] * len(spec.blocks)
+        for kind, w in cut.budget.widths.items()
+    }
+    return dense | stated
+
+
+def memory_of(
+    run: Run, model: nn.Module, spec: Spec, cuts: tuple[Cut, ...]
+) -> tuple[dict[str, Any], list[str]]:
+    """Memory of a run.
+
+    Args:
+        run: its parts.
+        model: dense, on the meta device.
+        spec: its spec.
+        cuts: planned.
+
+    Returns:
+        `memory`, phases of one device; `devices`, how they change with their number; and notes on
+        why there are none, or what they leave out.
+    """
+    notes = [_HEAP] if not _on_gpu(run) else []
+    known = [widths for cut in cuts if (widths := widths_of(spec, cut)) is not None]
+    if len(known) < len(cuts):
+        notes.append("widths depend on data: memory after cuts is given at the dense size")
+    if run.lora is not None and run.lora.start == "last_cut":
+        notes.append("lora.start: last_cut: memory is that of the full training before it")
+    if run.model.checkpointed:
+        store_block_inputs(model)
+    commits = _committed(run, len(cuts))
+    small = [
+        shrink(copy.deepcopy(model), sizes_of(spec, known[n - 1])) if known else model
+        for n in dict.fromkeys(commits)
+    ]
+    stages = Stages(
+        dense=model,
+        first=small[0] if small else model,
+        last=small[-1] if small else model,
+        at_start=bool(cuts) and cuts[commits[0] - 1].step == 0,
+    )
+    try:
+        setup = _setup(run)
+        taps = () if run.pruner is None else run.pruner.method.taps(spec)
+        phases = estimate(stages, setup, statistics_bytes(spec, taps))
+    except PlpruneError:
+        raise
+    except Exception as error:  # a model may do in its forward what tensors without data cannot
+        return {"memory": [], "devices": []}, [
+            *notes,
+            f"memory was not estimated: {type(error).__name__}: {error}",
+        ]
+    if not cuts:
+        phases = tuple(p for p in phases if p.name in ("load", "train", "export"))
+    found = [shared(phase, setup, model).to_dict() for phase in phases]
+    return {"memory": found, "devices": _by_devices(phases, setup, model)}, notes
+
+
+def _by_devices(phases: tuple[Phase, ...], setup: Setup, model: nn.Module) -> list[dict[str, Any]]:
+    """Peak of every phase, and traffic, for other numbers of devices."""
+    if setup.strategy == "single":
+        return []
+    whole = next(phase for phase in phases if phase.name == "train")
+    rows = []
+    for world in sorted({*_WORLDS, setup.world_size}):
+        other = replace(setup, world_size=world)
+        totals = {phase.name: shared(phase, other, model).total for phase in phases}
+        gathered, reduced = traffic(whole, other)
+        rows.append({"devices": world, **totals, "gathered": gathered, "reduced": reduced})
+    return rows
+
+
+def _committed(run: Run, cuts: int) -> list[int]:
+    """Numbers of the first and the last cut that make tensors smaller."""
+    if cuts == 0:
+        return []
+    every = run.pruner.commit
+    first = 1 if every == "every" else cuts if every == "last" else min(int(every), cuts)
+    return [first, cuts]
+
+
+def _setup(run: Run) -> Setup:
+    observed = run.pruner is not None and run.pruner.statistics.source != "training"
+    trains_adapters = run.lora is not None and run.lora.start == "fit"
+    return Setup(
+        batch_size=run.data.batch_size,
+        seq_len=run.data.corpus.seq_len,
+        calibration=(run.data.batch_size if observed else 0, run.data.corpus.calibration_seq_len),
+        precision=_precision(run),
+        accumulate=accumulation(run.trainer),
+        lora=run.lora.config if trains_adapters else None,
+        optimizer=run.model.optimizer_class,
+        foreach=_on_gpu(run),
+        strategy=_strategy(run),
+        world_size=devices(run.trainer),
+    )
+
+
+def _precision(run: Run) -> str:
+    """As in Lightning; DeepSpeed's engine makes half weights of `mixed` too."""
+    given = str(run.trainer.get("precision") or "32-true")
+    return given.replace("-mixed", "-true") if _strategy(run).startswith("zero") else given
+
+
+def _on_gpu(run: Run) -> bool:
+    accelerator = str(run.trainer.get("accelerator", "auto"))
+    return accelerator in ("gpu", "cuda", "mps") or (
+        accelerator == "auto" and torch.cuda.is_available()
+    )
+
+
+def _strategy(run: Run) -> str:
+    """Its name in `plprune.memory_shared.SHARDED`; a strategy that is not known shares nothing."""
+    given = run.trainer.get("strategy", "auto")
+    text = str(given if isinstance(given, str) else given.get("class_path", "")).lower()
+    if re.fullmatch("zero[123](_offload)?", text):
+        return text[:5]
+    if "deepspeed" in text:
+        stage = 2 if isinstance(given, str) else (given.get("init_args") or {}).get("stage", 2)
+        return f"zero{text[text.rfind('stage_') + 6]}" if "stage_" in text else f"zero{stage}"
+    if any(name in text for name in ("fsdp", "modelparallel", "fully_shard")):
+        return "fsdp"
+    return "single" if devices(run.trainer) == 1 else "ddp"
