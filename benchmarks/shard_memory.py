@@ -149,14 +149,17 @@ class Sampler:
         name = self._now
         if name is not None:
             phase = self.phases[name]
-            phase["extra"] = max(phase["extra"], anonymous() - phase["before"])
+            now = anonymous()
+            phase["extra"] = max(phase["extra"], now - phase["before"])
+            phase["most"] = max(phase["most"], now)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure a block; of several of the same name the largest counts."""
         before = anonymous()
         outer, known = self._now, self.phases.get(name)
-        self.phases[name] = {"before": before, "extra": known["extra"] if known else 0}
+        extra, most = (known["extra"], known["most"]) if known else (0, before)
+        self.phases[name] = {"before": before, "extra": extra, "most": most}
         self._now = name
         try:
             yield

@@ -21,7 +21,8 @@ SHARDED: Mapping[str, tuple[str, ...]] = {
 }
 """What each strategy divides among ranks."""
 _LIVE = 10**9
-"""Parameters that ZeRO-3 may keep together by default (`stage3_max_live_parameters`)."""
+"""Parameters that ZeRO-3 may keep together, and updates at a time, by default
+(`stage3_max_live_parameters`, `sub_group_size`)."""
 
 
 def pieces(model: nn.Module) -> tuple[int, int]:
@@ -62,6 +63,11 @@ def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
     if setup.strategy.startswith("zero") and setup.exact_precision in ("bf16-true", "16-true"):
         # Masters and moments in float32; the optimizer that was looked at keeps them like weights.
         phase = replace(phase, optimizer=2 * phase.optimizer + 2 * phase.gradients)
+    if setup.strategy.startswith("zero") and phase.name.startswith("train"):
+        # Its optimizer works on flat tensors: one of gradients, and one of its own beside them.
+        trained = phase.gradients // next(model.parameters()).element_size()
+        flat = min(trained, _LIVE) if "weights" in parts else trained
+        phase = replace(phase, copies=phase.copies + 2 * 4 * (flat // world))
     mine = replace(phase, **{part: -(-getattr(phase, part) // world) for part in parts})
     if "weights" not in parts or world == 1:
         return mine
@@ -77,7 +83,7 @@ def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
         return replace(mine, copies=-(-phase.copies // world) + max(2 * tensor, gathered))
     if phase.name == "export":
         return mine
-    return replace(mine, copies=gathered)
+    return replace(mine, copies=mine.copies + gathered)
 
 
 def traffic(train: Phase, setup: Setup) -> tuple[int, int]:
