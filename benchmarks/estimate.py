@@ -14,14 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import common
-from shard_memory import MIB, QUIET, Sampler, anonymous, build
+from shard_memory import MIB, Sampler, anonymous, build, measure
 
 TOLERANCE = 0.15
 BATCH, LENGTH, CALIBRATION = 2, 128, 4
@@ -43,7 +40,7 @@ def main() -> int:
     for name in options.strategies:
         for world in options.ranks:
             good &= compare(
-                name, world, estimated(name, world, base), measured(name, world, options)
+                name, world, estimated(name, world, base), measure(name, world, options, __file__)
             )
     return 0 if good else 1
 
@@ -114,28 +111,6 @@ def recipe() -> tuple[Any, Any, Any]:
 
     budget = Budget(keep=0.7, widths={"kv_group": 4}, multiple_of={"mlp": 32})
     return TransAct(), budget, Linear(cuts=2, begin=1, end=2, unit="step")
-
-
-def measured(name: str, world: int, options: argparse.Namespace) -> list[dict[str, int]]:
-    """Run all processes and collect the peaks each saw."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = options.out / f"{name}_{world}"
-    out.mkdir(parents=True, exist_ok=True)
-    processes = []
-    for rank in range(world):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "NODE_RANK": 0}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        env = {**os.environ, **{k: str(v) for k, v in own.items()}, **QUIET}
-        program = [sys.executable, __file__, "--worker", name, "--out", str(options.out)]
-        program += ["--layers", str(options.layers), "--hidden", str(options.hidden)]
-        log = (out / f"rank_{rank}.log").open("w")
-        processes.append(subprocess.Popen(program, env=env, stdout=log, stderr=log))
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        raise SystemExit(f"a process failed: see {out}")
-    return [json.loads((out / f"rank_{rank}.json").read_text("utf-8")) for rank in range(world)]
 
 
 def worker(options: argparse.Namespace) -> int:

@@ -82,8 +82,10 @@ def build(folder: Path, options: argparse.Namespace) -> None:
         model.save_pretrained(folder, max_shard_size="200MB")
 
 
-def measure(name: str, world: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run all processes and collect what each saw."""
+def measure(
+    name: str, world: int, options: argparse.Namespace, script: str = __file__
+) -> list[dict[str, Any]]:
+    """Run all processes of a script with `--worker` and collect what each saw."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,7 +96,7 @@ def measure(name: str, world: int, options: argparse.Namespace) -> list[dict[str
         env = {
             k: str(v) for k, v in {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()
         }
-        program = [sys.executable, __file__, "--worker", name, "--out", str(options.out)]
+        program = [sys.executable, script, "--worker", name, "--out", str(options.out)]
         program += ["--layers", str(options.layers), "--hidden", str(options.hidden)]
         log = out / f"rank_{rank}.log"
         log.parent.mkdir(parents=True, exist_ok=True)

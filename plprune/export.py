@@ -20,7 +20,7 @@ from plprune.describe import describe
 from plprune.errors import ExportError
 from plprune.export_card import CardInfo, card_text
 from plprune.export_config import MODELING_FILE, Mode, Target, modeling_source, target_for
-from plprune.export_folder import no_space, staging
+from plprune.export_folder import require_space, staging
 from plprune.export_weights import bytes_of, dtype_of, is_tied, tensors_of, write_shards
 from plprune.files import write_json
 from plprune.load import STRUCTURE_ATTRIBUTE, STRUCTURE_FILE
@@ -162,12 +162,6 @@ def _check_model(model: nn.Module, spec: Spec, structure: Mapping[str, Any]) -> 
         )
 
 
-def _check_space(work: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    free, needed = shutil.disk_usage(work).free, bytes_of(tensors, dtype)
-    if free < needed:
-        raise no_space(free, needed)
-
-
 def _fill(
     work: Path,
     model: nn.Module,
@@ -177,7 +171,7 @@ def _fill(
     info: CardInfo,
     chosen: _Chosen,
 ) -> None:
-    _check_space(work, tensors, chosen.dtype)
+    require_space(work, bytes_of(tensors, chosen.dtype))
     _write_settings(work, model, target, dtype_of(tensors, chosen.dtype), chosen)
     text = card_text(info, structure=structure, family=family_of(model), target=target)
     (work / "README.md").write_text(text, "utf-8")

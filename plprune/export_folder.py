@@ -82,11 +82,21 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
-def no_space(free: int, needed: int) -> ExportError:
-    """What to say of a disk that is too full."""
-    return ExportError(
-        "not enough space for the export",
-        given=f"{free / 1e6:.4g} MB free",
-        allowed=f"at least {needed / 1e6:.4g} MB",
-        fix="free some space, export to another disk, or set dtype: bfloat16",
-    )
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse a disk that is too full.
+
+    Args:
+        folder: existing, on it.
+        needed: bytes.
+
+    Raises:
+        ExportError: saying how much is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ExportError(
+            "not enough space for the export",
+            given=f"{free / 1e6:.4g} MB free",
+            allowed=f"at least {needed / 1e6:.4g} MB",
+            fix="free some space, export to another disk, or set dtype: bfloat16",
+        )

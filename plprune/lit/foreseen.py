@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from torch import nn
 
 from plprune.allocate import sizes_of
 from plprune.count import count_params
+from plprune.describe import describe
 from plprune.errors import ExportError
 from plprune.export_config import Mode, target_for
-from plprune.export_folder import no_space
+from plprune.export_folder import require_space
 from plprune.export_weights import is_tied, tensors_of
 from plprune.lit import guard
 from plprune.lora import any_adapter
@@ -85,9 +85,8 @@ def _require_stock_class(
         return
     dense = pruner.progressive.dense
     small = shrink(skeleton(config, trust_remote_code=True), sizes_of(dense, widths))
-    spec = type(pruner.progressive)(small).spec
     tensors = tensors_of(small, dtype=None, elsewhere=True)
-    target_for(small, spec, tensors, mode="plain", tied=is_tied(small))
+    target_for(small, describe(small), tensors, mode="plain", tied=is_tied(small))
 
 
 def _require_space(
@@ -105,6 +104,4 @@ def _require_space(
     number = count_params(dense, sizes_of(dense, widths)).model
     stored: Any = dtype or next(model.parameters()).dtype
     parent = next(p for p in directory.absolute().parents if p.exists())
-    free, needed = shutil.disk_usage(parent).free, int(number) * stored.itemsize
-    if free < needed:
-        raise no_space(free, needed)
+    require_space(parent, int(number) * stored.itemsize)
