@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +14,9 @@ from torch import Tensor
 from plprune.errors import PlanError, PlpruneError
 from plprune.observe import StatMap
 from plprune.plan import Plan
+
+_PATIENCE = 3.0
+"""Seconds in which processes that found the same mistake come to say it."""
 
 
 def world_size() -> int:
@@ -101,7 +106,30 @@ def together() -> Iterator[None]:
     if own is not None:
         raise own
     rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
-    raise PlpruneError(f"another process stopped this run: rank {rank} says {text}")
+    heard = PlpruneError(f"another process stopped this run: rank {rank} says {text}")
+    heard.repeats = text.partition(": ")[2]
+    raise heard
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other process of the group has said the same before, so that logs hold it once.
+
+    Args:
+        text: of an error that several processes may find.
+    """
+    if world_size() == 1:
+        return True
+    key = "plprune/said/" + hashlib.sha256(text.encode()).hexdigest()
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        first = int(store.add(key, 1)) == 1
+        until = time.monotonic() + _PATIENCE
+        # The store lives in rank 0, which is about to end: the others may come and ask a bit later.
+        while rank() == 0 and store.add(key, 0) < world_size() and time.monotonic() < until:
+            time.sleep(0.05)
+    except (AttributeError, RuntimeError):  # rank 0 is gone
+        return True
+    return first
 
 
 def agree(plan: Plan) -> Plan:

@@ -15,6 +15,8 @@ class PlpruneError(ValueError):
 
     def __init__(self, what: str, *, given: str = "", allowed: str = "", fix: str = "") -> None:
         self.what, self.given, self.allowed, self.fix = what, given, allowed, fix
+        self.repeats = ""
+        """Text of another process's error that this one only passes on."""
         details = [
             f"{name} {text}" for name, text in (("given", given), ("allowed", allowed)) if text
         ]

@@ -65,6 +65,7 @@ def inject(model: nn.Module, config: Mapping[str, Any]) -> Injected:
         name for name, parameter in plain.named_parameters() if parameter.requires_grad
     )
     settings = {"target_modules": target_modules(plain), "r": 16, "lora_alpha": 32, **config}
+    _require_pairs(settings)
     _require_whole(plain, settings)
     try:
         lora = LoraConfig(**settings)
@@ -119,6 +120,19 @@ def require_mergeable(model: nn.Module, config: Mapping[str, Any]) -> None:
             given=f"lora.config.lora_bias: true, and {bare[0]} has no bias",
             allowed="lora_bias on linears that have one",
             fix="leave lora_bias out, or set lora.merge: false",
+        )
+
+
+def _require_pairs(settings: Mapping[str, Any]) -> None:
+    """Refuse what peft trains beside its pairs of factors: nothing cuts, saves or merges it."""
+    others = ("modules_to_save", "trainable_token_indices", "target_parameters")
+    found = next((key for key in (*others, "layer_replication") if settings.get(key)), None)
+    if found is not None:
+        raise ConfigError(
+            "these adapters cannot be cut and merged",
+            given=f"lora.config.{found}: {settings[found]}",
+            allowed="pairs of factors on linears, by target_modules",
+            fix=f"leave {found} out; to train whole modules, leave `lora` out",
         )
 
 

@@ -141,7 +141,7 @@ def load_adapter(model: nn.Module, directory: Path, spec: Spec) -> Injected:
     keep = (
         *("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "use_dora", "use_rslora"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
+        *("rank_pattern", "alpha_pattern", "fan_in_fan_out"),
     )
     injected = inject(model, {key: config[key] for key in keep if config.get(key) is not None})
     _fill(injected.model, tensors)

@@ -19,6 +19,7 @@ from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMo
 from plprune.errors import ConfigError, PlpruneError, first_line
 from plprune.lit import logs, lost
 from plprune.lit.carry import require_readable
+from plprune.lit.config_files import require_configs
 from plprune.lit.data import LitTokens
 from plprune.lit.messages import is_first_process, is_refused_value, known_keys, ours, readable
 from plprune.lit.model import LitCausalLM
@@ -103,6 +104,7 @@ class PlpruneCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what the parser refuses is said in one message."""
+        require_configs(sys.argv[1:] if args is None else args)
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
@@ -205,8 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if found is None:
             raise
         # All processes read the same configuration: one of them says what is wrong with it. What
-        # goes wrong later may have happened to this one alone.
-        if is_first_process() or dist.world_size() > 1:
+        # goes wrong once they have met may have happened to this one alone.
+        met = dist.world_size() > 1
+        if dist.first_to_say(found.repeats or str(found)) if met else is_first_process():
             sys.stderr.write(f"plprune: {found}\n")
         return 2
     except OSError as error:

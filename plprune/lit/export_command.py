@@ -10,6 +10,7 @@ from typing import Any
 from plprune.callbacks.export import require_writable
 from plprune.errors import ConfigError
 from plprune.lit.carry import require_readable
+from plprune.lit.config_files import read_config, require_spelled
 from plprune.lit.messages import Parser
 from plprune.lit.restored import Restored, restore
 from plprune.lit.run_config import PART
@@ -48,20 +49,14 @@ def read_settings(configs: Sequence[str] | None, parts: Mapping[str, Any]) -> di
     Raises:
         ConfigError: if a file cannot be read.
     """
-    import yaml
-
-    carried = parts.get(PART) or {}
     if configs is None:
-        return dict(yaml.safe_load(carried.get("yaml", "{}")))
+        import yaml
+
+        return dict(yaml.safe_load((parts.get(PART) or {}).get("yaml", "{}")))
     merged: dict[str, Any] = {}
     for name in configs:
-        try:
-            value = yaml.safe_load(Path(name).expanduser().read_text("utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            why = str(error).partition("\n")[0]
-            raise ConfigError("cannot read the configuration", given=f"{name} ({why})") from error
-        if not isinstance(value, dict):
-            raise ConfigError("not a configuration", given=name, allowed="a YAML mapping")
+        value = read_config(name)
+        require_spelled(value, name)
         merged = _merged(merged, value)
     return merged
 

@@ -1,6 +1,8 @@
 """The `plprune` command itself on several processes: fit with report and export, then validate."""
 
+import contextlib
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,33 @@ def test_fsdp2_counts_its_processes(base: Path, tmp_path: Path):
     file.write_text(yaml.safe_dump(changed), encoding="utf-8")
     assert run_ranks(run, 1, ["fit", *command(file, "fsdp2"), "--trainer.devices", "1"]) == [0]
     assert everything(tmp_path / "run" / "model")
+
+
+def refused(file: Path, mistake: list[str]) -> tuple[int, str]:
+    """Exit status of the command, and what this process says."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main(["fit", *command(file, "ddp"), *mistake])
+    return status, "".join(line for line in said.getvalue().splitlines() if "plprune: " in line)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (["--prune.budget.keep", "7"], "keep"),  # before the processes meet
+        (["--prune.attribute", "nowhere"], "nowhere"),  # all of them find it
+        (["--export.directory", "{base}"], "exists"),  # the first finds it, the others hear of it
+    ],
+    ids=["early", "all", "first"],
+)
+def test_one_of_several_processes_says_what_is_wrong(
+    mistake: list[str], message: str, base: Path, tmp_path: Path
+):
+    file = written(base, tmp_path / "run", 2)
+    given = [word.format(base=base) for word in mistake]
+    outcomes = run_ranks(refused, 2, file, given)
+    assert [status for status, _ in outcomes] == [2, 2]
+    said = [text for _, text in outcomes if text]
+    assert len(said) == 1
+    assert message in said[0]

@@ -302,6 +302,10 @@ CASES = {
     "typo above a key of a dict": Case(
         message="fix: did you mean lora.config.r? ", more=("--lora.confg.r", "3")
     ),
+    "modules that LoRA would train whole": Case(
+        message="given lora.config.modules_to_save: ['lm_head']; allowed pairs of factors",
+        keys={"lora.config": {"modules_to_save": ["lm_head"]}},
+    ),
     "prefix of a key": Case(
         message="unknown key: given trainer.max_step; fix: did you mean trainer.max_steps? ",
         more=("--trainer.max_step", "3"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
 from plprune.lit.cli import PlpruneCLI, main
 from plprune.lit.data import LitTokens
+from plprune.lit.export_command import read_settings
 from plprune.lit.messages import readable
 
 pytestmark = [
@@ -256,10 +258,45 @@ def test_mistakes_on_the_command_line(
     file = written(tmp_path, config(base, tmp_path))
     text = refused(capsys, "fit", "--config", file, "--trainer.max_stepz", "3")
     assert "unknown key: given trainer.max_stepz; fix: did you mean trainer.max_steps?" in text
-    assert "File does not exist" in refused(capsys, "fit", "--config", "missing.yaml")
-    (tmp_path / "broken.yaml").write_text("model: [\n", encoding="utf-8")
-    text = refused(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
-    assert "cannot read the configuration: given Problems parsing config" in text
+    assert "unknown command: given fitt; allowed fit, " in refused(capsys, "fitt")
+
+
+@pytest.mark.parametrize("command", ["fit", "plan", "export"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the configuration file: given {name} (No such file or directory)"),
+        ("", "not a configuration: given {name}, an empty file; allowed a YAML mapping"),
+        ("- model\n", "not a configuration: given {name}, a list; allowed a YAML mapping"),
+        ("model: [\n", "not YAML: given {name}, line 2, column 1: expected the node content"),
+    ],
+    ids=["missing", "empty", "list", "broken"],
+)
+def test_mistakes_in_a_configuration_file_name_the_file(
+    command: str,
+    content: str | None,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = str(tmp_path / "run.yaml")
+    if content is not None:
+        Path(name).write_text(content, encoding="utf-8")
+    if command == "export":
+        with pytest.raises(ConfigError, match=re.escape(message.format(name=name))):
+            read_settings([name], {})
+    else:
+        assert message.format(name=name) in refused(capsys, command, "--config", name)
+
+
+def test_a_misspelled_section_is_not_ignored_by_export(tmp_path: Path) -> None:
+    name = written(tmp_path, {"modle": {"pretrained": "base"}, "mine": {"key": 1}})
+    with pytest.raises(ConfigError, match=r"unknown key: given modle in .* did you mean model"):
+        read_settings([name], {})
+    assert read_settings([written(tmp_path, {"mine": {"key": 1}})], {}) == {"mine": {"key": 1}}
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command: given fitt; allowed fit, " in refused(capsys, "fitt")
 
 
