@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from plprune.callbacks import Prune
 from plprune.lit import plan_facts
 from plprune.lit.cli import PlpruneCLI, main
 from plprune.skeleton import config_of, shipped_shapes
@@ -25,6 +26,15 @@ MODELS = [name for name in FILES if name.startswith("models/")]
 METHODS = [name for name in FILES if name.startswith("methods/")]
 DATA = [name for name in FILES if name.startswith("data/")]
 STRATEGIES = [name for name in FILES if name.startswith("strategies/")]
+STRATEGY_CLASSES = {
+    "single": "SingleDeviceStrategy",
+    "ddp": "DDPStrategy",
+    "fsdp2": "FullyShard",
+    "zero1": "ZeRO",
+    "zero2": "ZeRO",
+    "zero3": "ZeRO",
+    "zero3_offload": "ZeRO",
+}
 ALONE = [name for name in FILES if name not in (*MODELS, *METHODS, *DATA, *STRATEGIES)]
 # Examples to run say why a value is what it is; the others are also the place to look settings up.
 EXAMPLES = ("quickstart.yaml", "recipes/transact_smollm2.yaml")
@@ -69,6 +79,29 @@ def test_config_makes_its_objects_and_prints_itself(
     one, two = (cli.parser.dump(cli.config, skip_none=False) for cli in (first, second))
     assert yaml.safe_load(one) | {"config": None} == yaml.safe_load(two) | {"config": None}
     assert [path.name for path in tmp_path.iterdir()] == ["printed.yaml"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_strategies_stack_on_every_model_and_method(
+    model: str, method: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [*stacked(model, DATA[0], method, strategy), *BUDGET, *LONG]
+    made = PlpruneCLI([*given, "--trainer.accelerator=cpu"], run=False)
+    assert type(made.trainer.strategy).__name__ == STRATEGY_CLASSES[Path(strategy).stem]
+    chosen = yaml.safe_load((ROOT / method).read_text("utf-8"))["prune"]["method"]["class_path"]
+    pruner = next(c for c in made.trainer.callbacks if isinstance(c, Prune))
+    assert f"{type(pruner.method).__module__}.{type(pruner.method).__name__}" == chosen
+    assert (
+        made.model.pretrained == yaml.safe_load((ROOT / model).read_text())["model"]["pretrained"]
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_strategy_has_a_file() -> None:
+    assert {Path(name).stem for name in STRATEGIES} == STRATEGY_CLASSES.keys()
 
 
 def test_a_method_file_holds_the_method_only() -> None:
