@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plprune.errors import ConfigError
+from plprune.memory_phase import Phase, Step
 from plprune.memory_shared import SHARDED, pieces
 from plprune.memory_trace import fake_copy
 from plprune.spec import Spec
@@ -90,35 +91,6 @@ class Setup:
         return _ALIASES.get(self.precision, self.precision)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """Peak of one part of a run on one device, in bytes."""
-
-    name: str
-    """What is going on."""
-    weights: int = 0
-    """Parameters and buffers, adapters included."""
-    gradients: int = 0
-    """Gradients of what is trained."""
-    optimizer: int = 0
-    """Optimizer state."""
-    activations: int = 0
-    """What comes on top at the peak: activations, logits and temporary tensors."""
-    statistics: int = 0
-    """Sums of a calibration pass."""
-    copies: int = 0
-    """New tensors of a cut, or the file being written."""
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(value for value in vars(self).values() if isinstance(value, int))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**vars(self), "total": self.total}
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stages:
     """Models of a run, all on the meta device."""
@@ -150,13 +122,19 @@ def estimate(stages: Stages, setup: Setup, statistics: int = 0) -> tuple[Phase, 
     train = training(trained, setup)
     pruned = train if stages.last is trained else training(stages.last, setup)
     # Gradients stay until the next backward pass, so they are still there when a cut is made.
-    held = replace(load if stages.at_start else train, activations=0)
+    held = replace(load if stages.at_start else train, activations=0, step=None)
     looks = observing(stages.dense, setup, logits=False)
     probe = observing(stages.dense, setup, logits=True)
     return (
         load,
         replace(held, name="observe", activations=looks, statistics=statistics),
-        replace(held, name="cut", activations=probe, copies=_new(stages, held)),
+        # Gradients are dropped between the check before a cut and the cut itself.
+        replace(
+            held,
+            name="cut",
+            activations=probe,
+            copies=max(0, _new(stages) - held.gradients - probe),
+        ),
         train,
         replace(pruned, name="train_pruned"),
         _exporting(pruned, stages.last),
@@ -187,17 +165,29 @@ def training(model: nn.Module, setup: Setup) -> Phase:
         optimizer.step()
         weights, gradients = _bytes(_tensors(fake)), _bytes(trained)
         state = _bytes(v for s in optimizer.state.values() for v in s.values())
+        live.aside = gradients
         live.restart()
         loss = _forward(fake, setup.batch_size, setup.seq_len, mixed)
         # Lightning clears gradients between the forward and the backward pass.
         if setup.accumulate == 1:
             optimizer.zero_grad()
+            live.aside = 0
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(live.finished)  # type: ignore[no-untyped-call]
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
+        held = weights + state
+        passes, alone = live.peak - held, live.low - held
+        live.restart()
         optimizer.step()
-        extra = live.peak - weights - gradients - state
+        step = Step(passes=passes, alone=alone, update=live.peak - held - gradients)
     return Phase(
-        name="train", weights=weights, gradients=gradients, optimizer=state, activations=extra
+        name="train",
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
+        activations=max(passes - gradients, step.update),
+        step=step,
     )
 
 
@@ -253,19 +243,15 @@ def _forward(
     return cast(Tensor, out.loss if head else out.logits)
 
 
-def _new(stages: Stages, held: Phase) -> int:
+def _new(stages: Stages) -> int:
     """Bytes of tensors that the first cut makes while the old ones are still there."""
     before = dict(stages.dense.named_parameters())
-    smaller = [p for n, p in stages.first.named_parameters() if p.shape != before[n].shape]
-    weights = _bytes(smaller)
-    dense = _bytes(_tensors(stages.dense))
-    # Old gradients are kept with the old weights; with LoRA the linears have none.
-    return weights + (weights if held.gradients >= dense // 2 else 0)
+    return _bytes(p for n, p in stages.first.named_parameters() if p.shape != before[n].shape)
 
 
 def _exporting(pruned: Phase, model: nn.Module) -> Phase:
     """A tensor is copied while it is written."""
-    return replace(pruned, name="export", activations=0, copies=pieces(model)[1])
+    return replace(pruned, name="export", activations=0, copies=pieces(model)[1], step=None)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from plprune.memory_phase import Phase
+
 if TYPE_CHECKING:
-    from plprune.memory import Phase, Setup
+    from plprune.memory import Setup
 
 SHARDED: Mapping[str, tuple[str, ...]] = {
     "single": (),
@@ -69,6 +71,8 @@ def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
         flat = min(trained, _LIVE) if "weights" in parts else trained
         phase = replace(phase, copies=phase.copies + 2 * 4 * (flat // world))
     mine = replace(phase, **{part: -(-getattr(phase, part) // world) for part in parts})
+    if phase.step is not None:
+        mine = replace(mine, activations=_activations(phase, parts, world))
     if "weights" not in parts or world == 1:
         return mine
     unit, tensor = pieces(model)
@@ -84,6 +88,18 @@ def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
     if phase.name == "export":
         return mine
     return replace(mine, copies=mine.copies + gathered)
+
+
+def _activations(phase: Phase, parts: tuple[str, ...], world: int) -> int:
+    """What a step adds to weights, gradients and optimizer state of one rank at its peak."""
+    step = phase.step
+    assert step is not None
+    divided = "gradients" in parts
+    gradients = phase.gradients // world if divided else phase.gradients
+    # At any time gradients g and the rest a are at most `passes` together, and a at most `alone`.
+    passes = step.passes // world + step.alone * (world - 1) // world if divided else step.passes
+    update = step.update // world if "optimizer" in parts else step.update
+    return max(passes - gradients, update)
 
 
 def traffic(train: Phase, setup: Setup) -> tuple[int, int]:

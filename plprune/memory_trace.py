@@ -20,16 +20,25 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
+        self.aside = 0
+        """Bytes among them that `low` does not count."""
+        self.low = 0
+        """Peak of the others."""
         self._sizes: dict[int, int] = {}
 
     def restart(self) -> int:
-        """Forget the peak.
+        """Forget the peaks.
 
         Returns:
             Bytes alive now.
         """
-        self.peak = self.live
+        self.peak, self.low = self.live, self.live - self.aside
         return self.live
+
+    def finished(self, parameter: Tensor) -> None:
+        """Set a gradient aside, as a hook that runs when it is accumulated."""
+        assert parameter.grad is not None
+        self.aside += parameter.grad.numel() * parameter.grad.element_size()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -47,6 +56,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes[key] = storage.nbytes()
         self.live += self._sizes[key]
         self.peak = max(self.peak, self.live)
+        self.low = max(self.low, self.live - self.aside)
         weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:

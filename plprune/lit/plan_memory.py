@@ -14,7 +14,8 @@ from plprune.allocate import sizes_of, units_per_group
 from plprune.cuts import Cut
 from plprune.errors import PlpruneError
 from plprune.lit.run_length import accumulation, devices
-from plprune.memory import Phase, Setup, Stages, estimate, statistics_bytes
+from plprune.memory import Setup, Stages, estimate, statistics_bytes
+from plprune.memory_phase import Phase
 from plprune.memory_shared import shared, traffic
 from plprune.skeleton import shrink, store_block_inputs
 from plprune.spec import Spec

@@ -1,6 +1,7 @@
 """The estimate against the same step with real tensors, whose allocations are counted alike."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ import tiny
 from plprune.describe import describe
 from plprune.errors import ConfigError
 from plprune.memory import (
-    Phase,
     Setup,
     Stages,
     estimate,
@@ -21,6 +21,7 @@ from plprune.memory import (
     statistics_bytes,
     training,
 )
+from plprune.memory_phase import Phase, Step
 from plprune.memory_shared import SHARDED, pieces, shared, traffic
 from plprune.memory_trace import Live
 from plprune.methods.transact import TransAct
@@ -173,9 +174,9 @@ def test_phases_of_a_run() -> None:
     assert found["observe"].optimizer == found["train"].optimizer > 0
     assert found["train_pruned"].total < found["train"].total
     assert found["export"].copies == pieces(stages().last)[1]
-    # The new linears beside the old ones, and their gradients.
-    half = [p for n, p in stages().first.named_parameters() if "mlp" in n]
-    assert found["cut"].copies == 2 * 4 * sum(p.numel() for p in half)
+    # Gradients are gone before the first new linear is made.
+    assert found["cut"].gradients > 0
+    assert found["cut"].copies == 0
     assert found["cut"].to_dict()["total"] == found["cut"].total
 
 
@@ -183,6 +184,10 @@ def test_a_cut_before_the_first_step_finds_no_optimizer_state() -> None:
     found = {phase.name: phase for phase in estimate(stages(at_start=True), SETUP)}
     assert found["observe"].optimizer == found["cut"].gradients == 0
     assert found["train"].weights == found["train_pruned"].weights
+    # The new linears beside the old ones, where the check before the cut took less.
+    half = 4 * sum(p.numel() for n, p in stages().first.named_parameters() if "mlp" in n)
+    assert found["cut"].activations + found["cut"].copies == max(half, found["cut"].activations)
+    assert found["cut"].copies > 0
 
 
 def test_strategies_divide_what_they_shard() -> None:
@@ -194,7 +199,41 @@ def test_strategies_divide_what_they_shard() -> None:
         for part in ("weights", "gradients", "optimizer"):
             divided = -(-getattr(one, part) // 4)
             assert getattr(found, part) == (divided if part in parts else getattr(one, part))
-        assert found.activations == one.activations
+        if "optimizer" not in parts:
+            assert found.activations == one.activations
+
+
+def test_peaks_of_a_step_are_divided_where_they_happen() -> None:
+    # 90 MB at the end of the forward pass with 60 of old gradients, 30 without; 40 in the update.
+    step = Step(passes=90, alone=30, update=40)
+    one = Phase(name="train", weights=60, gradients=60, optimizer=120, activations=40, step=step)
+
+    def total(strategy: str, world: int) -> int:
+        setup = Setup(batch_size=2, seq_len=12, strategy=strategy, world_size=world)
+        found = shared(one, setup, nn.Linear(1, 1, bias=False))
+        return found.total - found.copies
+
+    assert total("ddp", 4) == one.total == 280
+    assert total("zero1", 4) == 60 + 30 + max(90, 60 + 10)
+    assert total("zero2", 2) == 60 + 60 + max(30 + 30, 30 + 20)
+    assert total("fsdp", 2) == 30 + 60 + max(30 + 30, 30 + 20)
+    heavy = replace(one, step=replace(step, update=80), activations=80)
+    assert (
+        shared(
+            heavy, Setup(batch_size=2, seq_len=12, strategy="fsdp", world_size=2), nn.Linear(1, 1)
+        ).activations
+        == 40
+    )
+
+
+def test_finished_gradients_are_told_from_activations() -> None:
+    # Of two tokens, gradients are nearly all there is; of a thousand, next to nothing.
+    chain = training(meta(), Setup(batch_size=1, seq_len=2)).step
+    assert chain is not None
+    assert chain.alone < chain.passes / 2
+    many = training(meta(), Setup(batch_size=16, seq_len=64)).step
+    assert many is not None
+    assert many.alone == many.passes > chain.passes, "it begins the backward pass without any"
 
 
 def test_what_is_gathered_is_counted() -> None:
