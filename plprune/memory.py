@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plprune.errors import ConfigError
-from plprune.memory_phase import Phase, Step
+from plprune.memory_phase import Cutting, Phase, Step
 from plprune.memory_shared import SHARDED, pieces
 from plprune.memory_trace import fake_copy
 from plprune.spec import Spec
@@ -128,13 +128,7 @@ def estimate(stages: Stages, setup: Setup, statistics: int = 0) -> tuple[Phase, 
     return (
         load,
         replace(held, name="observe", activations=looks, statistics=statistics),
-        # Gradients are dropped between the check before a cut and the cut itself.
-        replace(
-            held,
-            name="cut",
-            activations=probe,
-            copies=max(0, _new(stages) - held.gradients - probe),
-        ),
+        _cutting(held, stages, probe),
         train,
         replace(pruned, name="train_pruned"),
         _exporting(pruned, stages.last),
@@ -243,10 +237,19 @@ def _forward(
     return cast(Tensor, out.loss if head else out.logits)
 
 
-def _new(stages: Stages) -> int:
-    """Bytes of tensors that the first cut makes while the old ones are still there."""
+def _cutting(held: Phase, stages: Stages, check: int) -> Phase:
+    """The first cut: gradients and a check, or new tensors beside the old ones."""
     before = dict(stages.dense.named_parameters())
-    return _bytes(p for n, p in stages.first.named_parameters() if p.shape != before[n].shape)
+    new = _bytes(p for n, p in stages.first.named_parameters() if p.shape != before[n].shape)
+    left = _bytes(_tensors(stages.first)) / _bytes(_tensors(stages.dense))
+    return replace(
+        held,
+        name="cut",
+        gradients=0,
+        activations=max(0, held.gradients + check - new),
+        copies=new,
+        cutting=Cutting(gradients=held.gradients, check=check, new=new, left=left),
+    )
 
 
 def _exporting(pruned: Phase, model: nn.Module) -> Phase:

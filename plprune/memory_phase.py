@@ -19,6 +19,20 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cutting:
+    """What a cut takes, in bytes; first the check before it, then the cut itself."""
+
+    gradients: int
+    """Of the last step; they are dropped after the check."""
+    check: int
+    """A forward pass of the check."""
+    new: int
+    """New tensors, beside the old ones."""
+    left: float
+    """Share of all weights that is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """Peak of one part of a run on one device, in bytes."""
 
@@ -38,6 +52,8 @@ class Phase:
     """New tensors of a cut, or the file being written."""
     step: Step | None = None
     """Of a training step: the peaks that `activations` is the larger of."""
+    cutting: Cutting | None = None
+    """Of a cut: what `activations` and `copies` are made of."""
 
     @property
     def total(self) -> int:
@@ -46,4 +62,5 @@ class Phase:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**{k: v for k, v in vars(self).items() if k != "step"}, "total": self.total}
+        plain = {k: v for k, v in vars(self).items() if k not in ("step", "cutting")}
+        return {**plain, "total": self.total}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from plprune.memory_phase import Phase
+from plprune.memory_phase import Cutting, Phase
 
 if TYPE_CHECKING:
     from plprune.memory import Setup
@@ -62,7 +62,7 @@ def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
     """
     parts = SHARDED[setup.strategy]
     world = setup.world_size
-    if setup.strategy.startswith("zero") and setup.exact_precision in ("bf16-true", "16-true"):
+    if setup.strategy.startswith("zero") and _half(setup):
         # Masters and moments in float32; the optimizer that was looked at keeps them like weights.
         phase = replace(phase, optimizer=2 * phase.optimizer + 2 * phase.gradients)
     if setup.strategy.startswith("zero") and phase.name.startswith("train"):
@@ -73,21 +73,48 @@ def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
     mine = replace(phase, **{part: -(-getattr(phase, part) // world) for part in parts})
     if phase.step is not None:
         mine = replace(mine, activations=_activations(phase, parts, world))
+    if phase.cutting is not None:
+        return _cut(phase, phase.cutting, mine, setup, model)
     if "weights" not in parts or world == 1:
         return mine
-    unit, tensor = pieces(model)
-    item = next(model.parameters()).element_size()
-    # FSDP2 gathers the next block while it works on one.
-    gathered = 2 * unit if setup.strategy == "fsdp" else max(unit, _LIVE * item)
-    gathered = min(gathered, phase.weights)
+    gathered = _gathered(phase, setup, model)
     if phase.name == "load":
-        return replace(mine, copies=tensor)
-    if phase.name == "cut":
-        # A tensor is cut while it is whole; each rank keeps its part. The probe gathers blocks.
-        return replace(mine, copies=-(-phase.copies // world) + max(2 * tensor, gathered))
+        return replace(mine, copies=pieces(model)[1])
     if phase.name == "export":
         return mine
     return replace(mine, copies=mine.copies + gathered)
+
+
+def _half(setup: Setup) -> bool:
+    return setup.exact_precision in ("bf16-true", "16-true")
+
+
+def _gathered(phase: Phase, setup: Setup, model: nn.Module) -> int:
+    """Weights that a pass puts together at a time, where they are divided."""
+    if "weights" not in SHARDED[setup.strategy] or setup.world_size == 1:
+        return 0
+    unit, item = pieces(model)[0], next(model.parameters()).element_size()
+    # FSDP2 gathers the next block while it works on one.
+    most = 2 * unit if setup.strategy == "fsdp" else max(unit, _LIVE * item)
+    return min(most, phase.weights)
+
+
+def _cut(phase: Phase, cutting: Cutting, mine: Phase, setup: Setup, model: nn.Module) -> Phase:
+    """A cut as one rank sees it: its check, or what is made while the old tensors are there."""
+    parts, world = SHARDED[setup.strategy], setup.world_size
+    gradients = cutting.gradients // world if "gradients" in parts else cutting.gradients
+    new = cutting.new
+    if "weights" in parts and world > 1:
+        # A tensor is cut while it is whole; each rank keeps its part.
+        new = new // world + 2 * pieces(model)[1]
+    if setup.strategy.startswith("zero"):
+        # Gradients are used up at the end of a step, but masters stay, in float32. What they and
+        # the moments become waits on the host until there is an engine for it.
+        trained = cutting.gradients // next(model.parameters()).element_size()
+        gradients = 0 if _half(setup) else 4 * trained // world
+        new += gradients + round(cutting.left * (gradients + mine.optimizer))
+    check = gradients + cutting.check + _gathered(phase, setup, model)
+    return replace(mine, activations=max(0, check - new), copies=new)
 
 
 def _activations(phase: Phase, parts: tuple[str, ...], world: int) -> int:

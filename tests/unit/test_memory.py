@@ -21,7 +21,7 @@ from plprune.memory import (
     statistics_bytes,
     training,
 )
-from plprune.memory_phase import Phase, Step
+from plprune.memory_phase import Cutting, Phase, Step
 from plprune.memory_shared import SHARDED, pieces, shared, traffic
 from plprune.memory_trace import Live
 from plprune.methods.transact import TransAct
@@ -174,9 +174,12 @@ def test_phases_of_a_run() -> None:
     assert found["observe"].optimizer == found["train"].optimizer > 0
     assert found["train_pruned"].total < found["train"].total
     assert found["export"].copies == pieces(stages().last)[1]
-    # Gradients are gone before the first new linear is made.
-    assert found["cut"].gradients > 0
-    assert found["cut"].copies == 0
+    # New linears beside the old ones, or before them the check with the gradients of the last step.
+    cut, train = found["cut"], found["train"]
+    half = 4 * sum(p.numel() for n, p in stages().first.named_parameters() if "mlp" in n)
+    check = observing(meta(), SETUP, logits=True)
+    assert (cut.gradients, cut.copies) == (0, half)
+    assert cut.total - cut.weights - cut.optimizer == max(half, train.gradients + check)
     assert found["cut"].to_dict()["total"] == found["cut"].total
 
 
@@ -184,10 +187,23 @@ def test_a_cut_before_the_first_step_finds_no_optimizer_state() -> None:
     found = {phase.name: phase for phase in estimate(stages(at_start=True), SETUP)}
     assert found["observe"].optimizer == found["cut"].gradients == 0
     assert found["train"].weights == found["train_pruned"].weights
-    # The new linears beside the old ones, where the check before the cut took less.
-    half = 4 * sum(p.numel() for n, p in stages().first.named_parameters() if "mlp" in n)
-    assert found["cut"].activations + found["cut"].copies == max(half, found["cut"].activations)
-    assert found["cut"].copies > 0
+    assert found["cut"].activations == 0, "there is more new than the check takes"
+
+
+def test_a_cut_of_divided_tensors() -> None:
+    cutting = Cutting(gradients=60, check=10, new=40, left=0.5)
+    one = Phase(name="cut", weights=60, optimizer=120, activations=30, copies=40, cutting=cutting)
+    model = nn.Linear(1, 1, bias=False)  # of 4 bytes
+
+    def total(strategy: str, **more: Any) -> int:
+        setup = Setup(batch_size=2, seq_len=12, strategy=strategy, world_size=2, **more)
+        return shared(one, setup, model).total
+
+    assert total("ddp") == one.total == 60 + 120 + max(60 + 10, 40)
+    assert total("fsdp") == 30 + 60 + max(30 + 10 + 8, 20 + 8)
+    # Masters of the size of float32 weights, and what they and the moments become.
+    assert total("zero2") == 60 + 60 + 40 + 30 + (30 + 60) // 2
+    assert total("zero3") == 30 + 60 + (20 + 8) + 30 + (30 + 60) // 2
 
 
 def test_strategies_divide_what_they_shard() -> None:
