@@ -219,6 +219,25 @@ def require_writable(
         )
 
 
+def require_root(directory: Path) -> None:
+    """Refuse a folder for logs and checkpoints that is none, or cannot be made.
+
+    Args:
+        directory: `trainer.default_root_dir`.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    parent = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    if not parent.is_dir() or not _takes_files(parent):
+        raise ConfigError(
+            "cannot write below trainer.default_root_dir",
+            given=str(directory) + (f" ({parent} is a file)" if parent.is_file() else ""),
+            allowed="a folder, or one that can be made in a writable one",
+            fix="choose another folder or change its permissions",
+        )
+
+
 def _takes_files(folder: Path) -> bool:
     """Try it: permissions say nothing to root, on read-only disks and in special file systems."""
     try:

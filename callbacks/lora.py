@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from plprune.callbacks.export import require_writable
 from plprune.describe import describe
@@ -15,12 +16,11 @@ from plprune.dist import together
 from plprune.errors import CheckpointError, ConfigError
 from plprune.lit import carry, guard, outputs
 from plprune.lit.strategies import adapter_for
-from plprune.lora import (
-    Injected,
-    inject,
-    merge,
+from plprune.lora import Injected, inject, merge
+from plprune.lora_config import (
     plain_config,
     require_mergeable,
+    require_pairs,
     require_same_adapters,
 )
 from plprune.lora_files import adapter_state, save_adapter
@@ -68,6 +68,7 @@ class LoRARecovery(Callback):
                 given=repr(config),
                 allowed="arguments of peft.LoraConfig, e.g. {'r': 16, 'lora_alpha': 32}",
             )
+        require_pairs(config or {})
         self.config, self.start, self.merge_at_end = dict(config or {}), start, merge
         self.adapter_dir = None if adapter_dir is None else Path(adapter_dir)
         self.overwrite, self.attribute = overwrite, attribute
@@ -166,6 +167,9 @@ class LoRARecovery(Callback):
                         self.injected, self.adapter_dir, spec, tensors, overwrite=self.overwrite
                     )
         if self.merge_at_end:
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):  # the last one must hold what is trained
+                    callback.on_train_end(trainer, pl_module)
             merge(self.injected)
             self.injected = None
             if sharded:

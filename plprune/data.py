@@ -157,7 +157,9 @@ def _special(tokenizer: Any, kind: str) -> int:
     return int(token)
 
 
-def pack(tokens_S: Tensor, seq_len: int, *, pad_last: bool = False, pad_id: int = 0) -> Blocks:
+def pack(
+    tokens_S: Tensor, seq_len: int, *, pad_last: bool = False, pad_id: int = 0, source: str = ""
+) -> Blocks:
     """Cut a stream into blocks.
 
     Args:
@@ -165,6 +167,7 @@ def pack(tokens_S: Tensor, seq_len: int, *, pad_last: bool = False, pad_id: int 
         seq_len: T, tokens of a block.
         pad_last: keep the remainder as a padded block. Default: drop it.
         pad_id: id to pad with. Default 0.
+        source: where the text is from, for the message.
 
     Returns:
         N = floor(S / T) blocks, one more when a remainder is padded.
@@ -177,7 +180,9 @@ def pack(tokens_S: Tensor, seq_len: int, *, pad_last: bool = False, pad_id: int 
     if count + padded == 0:
         raise DataError(
             "too few tokens for one block",
-            given=f"{len(tokens_S)} tokens, blocks of {seq_len}",
+            given=f"{len(tokens_S)} tokens"
+            + f" in {source}" * bool(source)
+            + f", blocks of {seq_len}",
             allowed=f"at least {1 if pad_last else seq_len} tokens",
             fix="use more text or a smaller `seq_len`",
         )

@@ -118,7 +118,7 @@ def windows_from_source(
         )
     texts = read_texts(source, text_field=text_field, rows=rows)
     limit = None if windows is None else windows * seq_len
-    blocks = pack(tokenize(texts, tokenizer, limit=limit), seq_len)
+    blocks = pack(tokenize(texts, tokenizer, limit=limit), seq_len, source=source)
     return Windows(input_ids=blocks.input_ids, source=source, text_sha256=text_hash(texts))
 
 

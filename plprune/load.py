@@ -32,7 +32,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "spiece.model",
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 
 
 def load_hf(
@@ -203,7 +203,7 @@ def local_folder(path_or_id: str | Path, holds: str) -> Path | None:
     fix = "check the path"
     if isinstance(path_or_id, str) and _HUB_ID.fullmatch(path_or_id) and not folder.exists():
         # With `runs` here, `runs/model` is a path with a mistake and no name to ask the hub for.
-        if len(folder.parts) == 1 or not folder.parent.is_dir():
+        if not folder.parent.is_dir():
             return None
         fix += (
             f": {folder.parent} is a folder here and holds no {folder.name}; for a model of the "

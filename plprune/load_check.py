@@ -33,7 +33,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
             "the folder is a per-layer export and brings its own modeling file",
             given=f"trust_remote_code off for {folder}",
             allowed="trust_remote_code on, after a look at modeling_plprune.py",
-            fix="set trust_remote_code: true",
+            fix="set model.trust_remote_code: true (--trust_remote_code of plprune evaluate)",
         )
     names = _shards(folder)
     if not names:

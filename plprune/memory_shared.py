@@ -73,6 +73,9 @@ def shared(phase: Phase, setup: Setup, model: nn.Module) -> Phase:
     mine = replace(phase, **{part: -(-getattr(phase, part) // world) for part in parts})
     if phase.step is not None:
         mine = replace(mine, activations=_activations(phase, parts, world))
+    if setup.strategy == "ddp" and world > 1:
+        # The reducer keeps gradients in buckets, beside those of the parameters.
+        mine = replace(mine, copies=mine.copies + phase.gradients)
     if phase.cutting is not None:
         return _cut(phase, phase.cutting, mine, setup, model)
     if "weights" not in parts or world == 1:
@@ -113,6 +116,8 @@ def _cut(phase: Phase, cutting: Cutting, mine: Phase, setup: Setup, model: nn.Mo
         trained = cutting.gradients // next(model.parameters()).element_size()
         gradients = 0 if _half(setup) else 4 * trained // world
         new += gradients + round(cutting.left * (gradients + mine.optimizer))
+    if setup.strategy == "ddp" and world > 1:
+        gradients *= 2
     check = gradients + cutting.check + _gathered(phase, setup, model)
     return replace(mine, activations=max(0, check - new), copies=new)
 

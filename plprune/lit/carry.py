@@ -29,6 +29,7 @@ from plprune.dist import together
 from plprune.errors import CheckpointError
 from plprune.files import write_json
 from plprune.lit import folders
+from plprune.lit.readable import damaged, require_readable
 from plprune.lit.saved import open_saved
 from plprune.lit.saved.state import GROUPS, PARTS, as_checkpoint
 from plprune.lit.strategies import adapter_for, groups_of
@@ -148,7 +149,7 @@ class CarryIO(_WrappingCheckpointIO):
         try:
             return self.inner.load_checkpoint(path, *args, **kwargs)
         except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise _damaged(path, str(error).partition("\n")[0]) from error
+            raise damaged(path, str(error).partition("\n")[0]) from error
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove the checkpoint and its sidecar."""
@@ -230,36 +231,6 @@ def _load_parts(
     hook = partial(type(module).on_load_checkpoint, module) if own is None else own
     hook(checkpoint)
     carried.require_claimed(checkpoint.get(KEY, {}))
-
-
-def require_readable(path: Any) -> None:
-    """Refuse a checkpoint file that is missing or cut short, before anything is built for it.
-
-    Args:
-        path: local file; directories, remote places and Lightning's keywords are left to Lightning.
-
-    Raises:
-        CheckpointError: naming the file.
-    """
-    file = Path(str(path))
-    if "://" in str(path):
-        return
-    folders.recover(file)
-    if file.is_dir():
-        return
-    if not file.exists():
-        raise CheckpointError("there is no such checkpoint", given=str(path), fix="check ckpt_path")
-    if not zipfile.is_zipfile(file):
-        raise _damaged(path, f"{file.stat().st_size} bytes without an end")
-
-
-def _damaged(path: Any, why: str) -> CheckpointError:
-    return CheckpointError(
-        "the checkpoint is damaged",
-        given=f"{path}: {why}",
-        allowed="a complete file written by Lightning",
-        fix="resume from the checkpoint before it",
-    )
 
 
 @contextmanager

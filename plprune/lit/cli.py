@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,17 +14,19 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from plprune import dist
 from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
+from plprune.callbacks.export import require_root
 from plprune.errors import ConfigError, PlpruneError, first_line
 from plprune.lit import logs, lost
-from plprune.lit.carry import require_readable
 from plprune.lit.config_files import require_configs
 from plprune.lit.data import LitTokens
 from plprune.lit.messages import is_first_process, is_refused_value, known_keys, ours, readable
 from plprune.lit.model import LitCausalLM
 from plprune.lit.progress import with_progress
+from plprune.lit.readable import require_readable
 from plprune.lit.run_config import RunConfig
 from plprune.lit.strategies import deepspeed, fully_shard
 
@@ -156,6 +159,15 @@ class PlpruneCLI(LightningCLI):
 def _require_usable(trainer: dict[str, Any]) -> None:
     """Refuse settings of the trainer on which Lightning itself would stumble."""
     batches, strategy = trainer.get("accumulate_grad_batches", 1), trainer.get("strategy")
+    for name in ("max_steps", "max_epochs"):
+        value = trainer.get(name)
+        if isinstance(value, int) and value < -1:
+            raise ConfigError(
+                f"trainer.{name} out of range", given=str(value), allowed="0 or more, or -1: no end"
+            )
+    root = trainer.get("default_root_dir")
+    if root is not None and "://" not in str(root):
+        require_root(Path(root).expanduser())
     if batches < 1:
         raise ConfigError(
             "trainer.accumulate_grad_batches out of range", given=str(batches), allowed="1 or more"
@@ -183,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without the program name; None takes `sys.argv`.
 
     Returns:
-        Exit status: 0, or 2 after an error of the user's, told in one message by the first of
-        several processes.
+        Exit status: 0, 2 after an error of the user's, told in one message by the first of
+        several processes, or 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     logs.set_up()
@@ -212,6 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dist.first_to_say(found.repeats or str(found)) if met else is_first_process():
             sys.stderr.write(f"plprune: {found}\n")
         return 2
+    except SIGTERMException:  # its exit status would be that of a run that is complete
+        sys.stderr.write(
+            "plprune: stopped by SIGTERM before the end, nothing was merged or exported: go on "
+            "from the last checkpoint (--ckpt_path)\n"
+        )
+        return 128 + signal.SIGTERM
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EPERM):
             raise

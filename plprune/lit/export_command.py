@@ -9,9 +9,9 @@ from typing import Any
 
 from plprune.callbacks.export import require_writable
 from plprune.errors import ConfigError
-from plprune.lit.carry import require_readable
 from plprune.lit.config_files import read_config, require_spelled
 from plprune.lit.messages import Parser
+from plprune.lit.readable import require_readable
 from plprune.lit.restored import Restored, restore
 from plprune.lit.run_config import PART
 from plprune.lit.saved import SavedState, open_saved

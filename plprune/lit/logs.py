@@ -40,4 +40,4 @@ class _Stderr(logging.Handler):
 
 
 def _not_a_tip(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+    return "\N{ELECTRIC LIGHT BULB} Tip" not in record.getMessage()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, get_args
 
 from plprune.errors import ConfigError, PlpruneError
+from plprune.lit.wrong_types import wrong_type
 
 _UNKNOWN = re.compile(r"(?:does not accept option|unrecognized arguments:|Key) '?(?:--)?([\w.]+)")
 _GROUP = re.compile(r"Group '([\w.]+)' does not accept option '?([\w.]+)")
@@ -70,6 +71,10 @@ def readable(error: BaseException, command: str, keys: Iterable[str] = ()) -> Pl
             name = _joined(*group.groups()) if group is not None else (unknown or [""])[1]
             return _unknown_key(name.removeprefix(f"{command}."), hint, list(keys))
         return ConfigError("cannot read the configuration", given=_reasons(text), fix=hint)
+    mistyped = wrong_type(text)
+    if mistyped is not None:
+        name, value, allowed = mistyped
+        return ConfigError(f"cannot use the setting {name}", given=value, allowed=allowed, fix=hint)
     reasons = _reasons(text)
     if _CLASS.search(reasons) is not None:
         hint = f"check the spelling of class_path and of its init_args; {hint}"

@@ -228,7 +228,15 @@ class LitCausalLM(LightningModule):
             return torch.optim.AdamW(
                 trainable, lr=self.rate.peak, betas=(0.9, 0.95), weight_decay=0.0
             )
-        optimizer = self.optimizer_class(trainable)
+        try:
+            optimizer = self.optimizer_class(trainable)
+        except (TypeError, ValueError, RuntimeError, ImportError) as error:
+            raise ConfigError(
+                "the optimizer cannot be made",
+                given=f"model.optimizer ({first_line(error)})",
+                allowed="an optimizer of all trainable parameters, such as torch.optim.AdamW",
+                fix="change model.optimizer",
+            ) from error
         for group in optimizer.param_groups:
             group["lr"] = self.rate.peak
         return optimizer

@@ -18,7 +18,8 @@ from plprune.describe import describe
 from plprune.drivers.progressive import Progressive
 from plprune.errors import CheckpointError, ConfigError
 from plprune.lit.saved import SavedState
-from plprune.lora import inject, merge, merged, require_same_adapters
+from plprune.lora import inject, merge, merged
+from plprune.lora_config import require_same_adapters
 from plprune.skeleton import config_of, skeleton
 from plprune.spec import Spec
 from plprune.stream import as_loaded

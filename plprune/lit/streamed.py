@@ -18,7 +18,8 @@ from torch import nn
 from plprune.dist import together
 from plprune.drivers.progressive import remember_dense
 from plprune.lit import folders
-from plprune.lit.carry import KEY, require_readable
+from plprune.lit.carry import KEY
+from plprune.lit.readable import require_readable
 from plprune.lit.strategies.deepspeed import ZeRO
 from plprune.lit.strategies.fsdp2 import empty_shards
 from plprune.load import folder_of, note_structure

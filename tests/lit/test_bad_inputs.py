@@ -302,6 +302,47 @@ CASES = {
     "typo above a key of a dict": Case(
         message="fix: did you mean lora.config.r? ", more=("--lora.confg.r", "3")
     ),
+    "an optimizer that takes matrices only": Case(
+        message="the optimizer cannot be made: given model.optimizer (Muon only supports 2D",
+        keys={"model.optimizer": {"class_path": "torch.optim.Muon"}},
+    ),
+    "a file as the root of the run": Case(
+        message="cannot write below trainer.default_root_dir: given",
+        keys={"trainer.default_root_dir": "BASE/text.txt"},
+    ),
+    "a root that nobody can make": Case(
+        message="cannot write below trainer.default_root_dir: given /proc/x",
+        keys={"trainer.default_root_dir": "/proc/x"},
+    ),
+    "a file of torch that is no checkpoint": Case(
+        message="this is no checkpoint of Lightning: given",
+        spoil=lambda base: torch.save({"a": 1}, base / "odd.ckpt"),
+        keys={"ckpt_path": "BASE/odd.ckpt"},
+    ),
+    "adapters of another kind": Case(
+        message="given lora.config.peft_type: VERA; allowed LORA",
+        keys={"lora.config": {"peft_type": "VERA"}},
+    ),
+    "a rank in words": Case(
+        message="peft refused the LoRA config: given lora.config {'r': 'four'}",
+        keys={"lora.config": {"r": "four"}},
+    ),
+    "negative steps": Case(
+        message="trainer.max_steps out of range: given -5; allowed 0 or more",
+        keys={"trainer.max_steps": -5},
+    ),
+    "a share in per cent": Case(
+        message="cannot use the setting prune.budget.keep: given 80%; allowed a number, null",
+        more=("--prune.budget.keep", "80%"),
+    ),
+    "a choice that does not exist": Case(
+        message="setting prune.commit: given sometimes; allowed 'every', 'last', a whole number",
+        keys={"prune.commit": "sometimes"},
+    ),
+    "a tokenizer without a folder": Case(
+        message="no such model folder: given nope; allowed an existing folder with tokenizer",
+        keys={"data.tokenizer": "nope"},
+    ),
     "modules that LoRA would train whole": Case(
         message="given lora.config.modules_to_save: ['lm_head']; allowed pairs of factors",
         keys={"lora.config": {"modules_to_save": ["lm_head"]}},

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -22,6 +24,7 @@ from plprune.budget import Budget
 from plprune.callbacks import ExportHF, LoRARecovery, PruneReport
 from plprune.compensate import LeastSquares
 from plprune.errors import ConfigError, ExportError
+from plprune.lit.cli import main
 from plprune.lora import any_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
@@ -76,6 +79,53 @@ def test_a_run_killed_after_its_last_step_is_brought_to_its_end(
     assert not any_adapter(resumed)
     assert weights_in(tmp_path / "killed") == weights_in(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path / "killed")) == ["adapter", "model", "report"]
+
+
+def test_the_last_checkpoint_holds_what_was_trained(tmp_path: Path) -> None:
+    """Written after the last step, it is not one of the merged model."""
+
+    def saver() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=1000, save_last=True)
+
+    torch.manual_seed(0)
+    merged = User(dtype=torch.float32)
+    trainer = fit(merged, [saver(), *outputs(tmp_path / "one")], enable_checkpointing=True)
+    last = tmp_path / "ckpt" / "last.ckpt"
+    names = torch.load(last, weights_only=True)["state_dict"]
+    assert any("lora_A" in name for name in names)
+    again = User(dtype=torch.float32)
+    callbacks = [saver(), *outputs(tmp_path / "two")]
+    fit(again, callbacks, enable_checkpointing=True, ckpt_path=last)
+    assert again.losses == []
+    assert weights_in(tmp_path / "one") == weights_in(tmp_path / "two")
+    assert not any("lora" in name for name in merged.state_dict())
+    trainer.save_checkpoint(tmp_path / "merged.ckpt")
+    saved = torch.load(tmp_path / "merged.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == merged.state_dict().keys()
+
+
+class Terminate(Callback):
+    """Somebody ends the process after the third step."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """A signal, as a batch system sends it."""
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_terminated_command_does_not_look_complete(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = fitting.saved(tmp_path / "base")
+    values = fitting.run_values(base, tmp_path, steps=6, last_cut=4)
+    values["trainer"]["callbacks"].append({"class_path": f"{__name__}.Terminate"})
+    values["export"] = {"directory": str(tmp_path / "model")}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert main(["fit", "--config", str(file)]) == 128 + signal.SIGTERM
+    assert "plprune: stopped by SIGTERM before the end" in capfd.readouterr().err
+    assert not (tmp_path / "model").exists()
+    assert (tmp_path / "ckpt" / "step=3.ckpt").is_file()
 
 
 @pytest.mark.parametrize("more", [{"limit_train_batches": 0}, {"max_epochs": 0, "max_steps": -1}])

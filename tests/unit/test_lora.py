@@ -12,13 +12,8 @@ import tiny
 from oracles import close, random_plan
 from plprune.describe import describe
 from plprune.errors import ConfigError, ExportError, StructureError
-from plprune.lora import (
-    any_adapter,
-    any_dora,
-    inject,
-    merge,
-    target_modules,
-)
+from plprune.lora import any_adapter, any_dora, inject, merge
+from plprune.lora_config import target_modules
 from plprune.lora_files import load_adapter, save_adapter
 from plprune.surgery.apply import apply
 

@@ -64,12 +64,15 @@ class Adapter(ABC):
 
         Returns:
             For every group the names of its parameters in the LightningModule, and its
-            hyperparameters; empty without exactly one optimizer.
+            hyperparameters; empty without exactly one optimizer, and when that holds parameters
+            that are gone, as after adapters were merged.
         """
         optimizers = self.optimizers(trainer)
         if len(optimizers) != 1:
             return []
         names = {p: name for name, p in trainer.lightning_module.named_parameters()}
+        if any(p not in names for group in optimizers[0].param_groups for p in group["params"]):
+            return []
         return [
             described(group, [names[p] for p in group["params"]])
             for group in optimizers[0].param_groups
