@@ -68,7 +68,7 @@ class Prune(Callback):
         """
         given = {Method: method, Budget: budget, Schedule: schedule, Statistics: statistics}
         require_objects("prune", {**given, Compensation: compensation})
-        require_choices(method, budget, commit, optimizer_state)
+        budget = require_choices(method, budget, commit, optimizer_state)
         if method is not None and compensation is not None:
             method = Compensated(method=method, compensation=compensation)
         self.method, self.budget = method, budget

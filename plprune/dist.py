@@ -55,6 +55,18 @@ def sent(tensor: Tensor, owner: int) -> Tensor:
     return moved.to(tensor.device)
 
 
+def all_alike(number: int) -> int | None:
+    """A number that is the same on every rank; None if it is not. Collective.
+
+    Args:
+        number: this rank's.
+    """
+    everyone = torch.zeros(world_size(), dtype=torch.int64)
+    everyone[rank()] = number
+    everyone = summed(everyone)
+    return number if bool((everyone == number).all()) else None
+
+
 def _reachable(device: torch.device) -> torch.device:
     """Where a collective can meet a tensor: NCCL moves no CPU tensors."""
     only_cuda = dist.get_backend() == "nccl" and device.type == "cpu"

@@ -18,6 +18,11 @@ from torch import Tensor
 from plprune.errors import PlanError
 
 Side = Literal["in", "out"]
+_READS = {
+    "q": "attention", "k": "attention", "v": "attention", "o": "heads",
+    "gate": "mlp", "up": "mlp", "down": "channels",
+}  # fmt: skip
+"""What linears of a role read, in the order of a block."""
 Entry = tuple[str, Side]
 """(module path, side): one end of one linear."""
 Lowered = Mapping[Entry, Tensor]
@@ -155,6 +160,43 @@ class Spec:
             if piece.side == "in"
         }
         return tuple(name for name in self.linears if name in ends)
+
+    def only(self, linears: Collection[str]) -> Spec:
+        """A part of the model.
+
+        Args:
+            linears: module paths.
+
+        Returns:
+            The spec with these linears and the axes whose ends are all among them.
+        """
+        inside = {n: linear for n, linear in self.linears.items() if n in linears}
+        axes = {
+            name: axis
+            for name, axis in self.axes.items()
+            if all(piece.module in inside for piece in axis.slices)
+        }
+        return replace(self, linears=inside, axes=axes)
+
+    def of_block(self, number: int) -> Spec:
+        """One block.
+
+        Args:
+            number: which.
+
+        Returns:
+            The spec with its linears and axes.
+        """
+        return self.only([n for n, linear in self.linears.items() if linear.block == number])
+
+    def readers(self) -> tuple[tuple[str, ...], ...]:
+        """Linears that read the same activation, together, in the order they are run."""
+        found: dict[tuple[int, str], list[str]] = {}
+        for name, linear in self.linears.items():
+            found.setdefault((linear.block, _READS[linear.roles[0]]), []).append(name)
+        order = list(dict.fromkeys(_READS.values()))
+        keys = sorted(found, key=lambda key: (key[0], order.index(key[1])))
+        return tuple(tuple(found[key]) for key in keys)
 
     def kinds(self) -> tuple[str, ...]:
         """Axis kinds present, in order of appearance."""

@@ -22,7 +22,7 @@ from plprune.plan import Keep, Mask, Plan
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, check_edits, commit
 from plprune.surgery.lower import lower
-from plprune.surgery.rebuild import plan_for, structure_of
+from plprune.surgery.rebuild import keep_edits, plan_for, structure_of
 from plprune.unwrap import unwrap
 
 _DENSE = "plprune_dense"
@@ -206,15 +206,10 @@ class Progressive:
 
 def _masked(physical: Spec, kept: Mapping[str, Sequence[int]]) -> Spec:
     """A spec with the units masked that a structure no longer has."""
-    edits = []
-    for name, units in kept.items():
-        axis = physical.axes[name]
-        stays = torch.isin(axis.origin, torch.tensor(list(units), dtype=torch.int64))
-        if not bool(stays.all()):
-            edits.append(Keep(axis=name, kept=torch.nonzero(stays)[:, 0]))
+    edits = keep_edits(physical, kept)
     if not edits:
         return physical
-    plan = Plan(edits=tuple(edits), fingerprint=physical.fingerprint, method="structure")
+    plan = Plan(edits=edits, fingerprint=physical.fingerprint, method="structure")
     return physical.cut(lower(plan, physical), physical=False)
 
 

@@ -62,7 +62,6 @@ def calibrate(
         )
     plain, modes = unwrap(model), {module: module.training for module in model.modules()}
     model.eval()
-    digest = torch.zeros(4, dtype=torch.int64)
     try:
         # Compiled graphs do not see hooks that came after them; calibration runs eagerly.
         with (
@@ -71,7 +70,6 @@ def calibrate(
             torch.compiler.set_stance("force_eager"),
         ):
             for number, batch in enumerate(batches):
-                digest += _digest(batch)
                 _pass(plain, batch, seen, method.skip_first_tokens)
                 if progress is not None:
                     progress(number + 1, len(batches))
@@ -84,7 +82,7 @@ def calibrate(
     # A rank without batches joins the sum with zeros.
     stats = dist.reduce({**zeros(model, taps), **seen.stats})
     check(stats, taps)
-    return to_cpu(stats), dist.summed(digest).numpy().tobytes().hex()
+    return to_cpu(stats), calibration_hash(batches)
 
 
 def _pass(plain: nn.Module, batch: Batch, seen: Observation, skip_first: int) -> None:
@@ -136,6 +134,21 @@ def token_mask(inputs: Batch, skip_first: int) -> Tensor | None:
         return None
     keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     return keep & (keep.cumsum(-1) > skip_first)
+
+
+def calibration_hash(batches: Iterable[Batch]) -> str:
+    """Hash of the calibration sequences of all ranks; collective.
+
+    Args:
+        batches: this rank's.
+
+    Returns:
+        64 hex digits that depend neither on batches, padding and order nor on the number of ranks.
+    """
+    digest = torch.zeros(4, dtype=torch.int64)
+    for batch in batches:
+        digest += _digest(batch)
+    return dist.summed(digest).numpy().tobytes().hex()
 
 
 def _digest(batch: Batch) -> Tensor:

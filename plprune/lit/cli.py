@@ -1,4 +1,4 @@
-"""The `plprune` command: LightningCLI, and plan, evaluate, export and report beside it."""
+"""The `plprune` command: LightningCLI, and prune, plan, evaluate, export and report beside it."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def _lazy(name: str) -> Callable[[Sequence[str]], None]:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    name: _lazy(name) for name in ("plan", "evaluate", "export", "report")
+    name: _lazy(name) for name in ("prune", "plan", "evaluate", "export", "report")
 }
 
 USAGE = """usage: plprune COMMAND [--config FILE ...] [--key value ...]
@@ -276,6 +276,9 @@ train and prune (LightningCLI; `plprune fit --help` lists every key, YAMLs given
   validate   perplexity on the validation windows
   test       the same windows, logged as test_perplexity
   predict    negative log-likelihood of every token, for callbacks that write predictions
+
+without training
+  prune      prune a model block by block from its files; goes on where it was killed
 
 around it
   plan       print schedule, widths, parameters and memory of a fit; touches nothing

@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def prune(args: Sequence[str]) -> None:
+    """Prune a model block by block, without training.
+
+    Args:
+        args: command line after `prune`.
+    """
+    from plprune.lit.prune_command import run
+
+    run(args)
+
+
 def plan(args: Sequence[str]) -> None:
     """Print what `fit` would do with the same configuration.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from plprune.lit.cli import PlpruneCLI
+from plprune.lit.parts_cli import PartsCLI
 from plprune.lit.plan_facts import facts
 from plprune.lit.plan_memory import Run
 from plprune.lit.tables import lines, put_json, require_place, share, short, show, span
@@ -28,36 +28,13 @@ _BASES = ("prunable", "blocks", "non_embedding", "model")
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "statistics", "copies", "total")
 
 
-class PlanCLI(PlpruneCLI):
-    """The parser of `fit`; model, data and callbacks are made, the trainer is not."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Only `fit` can be planned."""
-        return {"fit": PlpruneCLI.subcommands()["fit"]}
+class PlanCLI(PartsCLI):
+    """The parser of `fit`, with a place for the plan."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--json`."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--json", type=str | None, default=None)
-
-    def build(self) -> None:
-        """Make everything but the trainer, whose accelerator may be on another machine."""
-        trainer = self.config.fit.trainer
-        self.trainer_settings = trainer.clone()
-        for heavy in ("strategy", "logger", "plugins", "profiler"):
-            trainer[heavy] = "auto" if heavy == "strategy" else None
-        given = trainer.callbacks or []
-        given = given if isinstance(given, list) else [given]
-        # Loggers and monitors may want services; the plan needs plprune's own callbacks alone.
-        trainer.callbacks = [
-            one for one in given if str(one.get("class_path", "")).startswith("plprune.")
-        ]
-        self.config_init = self.parser.instantiate_classes(self.config)
-
-    def after_instantiate_classes(self) -> None:
-        """Leave nothing to run."""
-        self.subcommand = None
 
     def described(self) -> Run:
         """The parts of the run."""

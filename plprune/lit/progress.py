@@ -35,13 +35,14 @@ def shown(trainer: Trainer, title: str, unit: str = "batches") -> Progress:
     return counted(title, unit, bar=trainer.progress_bar_callback is not None)
 
 
-def counted(title: str, unit: str, *, bar: bool = True) -> Progress:
+def counted(title: str, unit: str, *, bar: bool = True, eta: bool = False) -> Progress:
     """Show a loop of known length: a bar if stderr is a terminal, else about ten lines.
 
     Args:
         title: what is going on.
         unit: what is counted.
         bar: False: lines also in a terminal.
+        eta: lines say how long it will take still; bars always do.
 
     Returns:
         A function called with (done, total).
@@ -49,9 +50,16 @@ def counted(title: str, unit: str, *, bar: bool = True) -> Progress:
     if bar and sys.stderr.isatty():
         return _bar(title)
 
+    began = time.monotonic()
+    first: int | None = None
+
     def line(done: int, total: int) -> None:
+        nonlocal first
+        first = done - 1 if first is None else first  # a rerun does not begin with the first
         if done == total or done % max(1, -(-total // 10)) == 0:
-            log.info("%s: %d of %d %s", title, done, total, unit)
+            left = (time.monotonic() - began) / (done - first) * (total - done)
+            more = f", {duration(left)} left" if eta and done < total else ""
+            log.info("%s: %d of %d %s%s", title, done, total, unit, more)
 
     return line
 

@@ -9,7 +9,7 @@ from plprune.methods.base import Method
 
 def require_choices(
     method: Method | None, budget: Budget | None, commit: object, optimizer_state: str
-) -> None:
+) -> Budget | None:
     """Refuse a method without budget, and choices that do not exist.
 
     Args:
@@ -18,9 +18,13 @@ def require_choices(
         commit: when tensors become smaller.
         optimizer_state: what a cut does to it.
 
+    Returns:
+        The budget, or that of the method.
+
     Raises:
         ConfigError: naming the setting.
     """
+    budget = budget or (None if method is None else method.own_budget())
     if method is not None and budget is None:
         raise ConfigError(
             "a pruning method without a budget", given=method.label, fix="set prune.budget"
@@ -33,3 +37,4 @@ def require_choices(
         raise ConfigError(
             "unknown prune.optimizer_state", given=repr(optimizer_state), allowed="slice, reset"
         )
+    return budget

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from plprune.budget import Budget
 from plprune.plan import Plan
 from plprune.spec import Spec
 from plprune.stats.base import Stat, Tap
+
+S = TypeVar("S", bound=Stat)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +34,26 @@ class View:
     """Module path -> [R] bias, of linears that have one; read-only."""
     calibration: str = ""
     """sha256 of the calibration tokens."""
+
+    def seen(self, name: str, stat: type[S]) -> S:
+        """Statistic of what a linear reads.
+
+        Args:
+            name: of the linear; a tap at any linear that reads the same will do.
+            stat: which.
+
+        Returns:
+            The sums.
+        """
+        exact = self.stats.get(Tap(module=name, stat=stat))
+        if exact is not None:
+            assert isinstance(exact, stat), "taps name their class"
+            return exact
+        together = next(names for names in self.spec.readers() if name in names)
+        taps = (Tap(module=one, stat=stat) for one in together)
+        found = next(self.stats[tap] for tap in taps if tap in self.stats)
+        assert isinstance(found, stat), "taps name their class"
+        return found
 
 
 class Method(ABC):
@@ -77,6 +99,26 @@ class Method(ABC):
         """
         del spec, budget
         return None
+
+    def stages(self, spec: Spec) -> tuple[tuple[str, ...], ...]:
+        """Linears of a block that are planned together; later ones see what earlier ones did.
+
+        Args:
+            spec: of one block.
+
+        Returns:
+            Module paths, stage by stage; default all at once.
+        """
+        return (tuple(spec.linears),)
+
+    def own_budget(self) -> Budget | None:
+        """The budget that follows from the hyper-parameters; None if one must be given."""
+        return None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at calibration data."""
+        return True
 
     @property
     def label(self) -> str:

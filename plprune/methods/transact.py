@@ -28,23 +28,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from plprune.allocate import fixed_widths, sizes_of, uniform
-from plprune.budget import Budget, require_numbers
-from plprune.errors import BudgetError, ConfigError
-from plprune.methods.base import Method, View
-from plprune.plan import Keep, Plan
-from plprune.select import top_units
+from plprune.errors import ConfigError
+from plprune.methods.base import View
 from plprune.spec import Axis, Spec
 from plprune.stats.base import Tap
 from plprune.stats.energy import Energy
+from plprune.structured import StructuredMethod, consumer_index
 
 # Legend: U units, N query heads of a unit, E head width, w entries of a unit.
 
 HeadScore = Literal["l2_mean_max", "sq_sum_max"]
-Attention = Literal["kv_group", "query_in_group", "none"]
 
 
 def head_scores(energy_NE: Tensor, alpha: float | None, form: HeadScore) -> Tensor:
@@ -67,14 +62,9 @@ def head_scores(energy_NE: Tensor, alpha: float | None, form: HeadScore) -> Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransAct(Method):
+class TransAct(StructuredMethod):
     """Keep the heads and MLP channels with the largest transitional activations."""
 
-    attention: Attention = "kv_group"
-    """Attention unit: a KV head with its query heads, query heads equally in all groups, or
-    nothing."""
-    mlp: bool = True
-    """Whether MLP channels are cut."""
     head_score: HeadScore = "l2_mean_max"
     """Form of the head score."""
     alpha: float | None = None
@@ -88,20 +78,12 @@ class TransAct(Method):
         Raises:
             ConfigError: for an unknown choice, a negative number, or nothing to cut.
         """
-        require_numbers(self, "method")
-        for name, choices in (
-            ("attention", get_args(Attention)),
-            ("head_score", get_args(HeadScore)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"unknown method.{name}",
-                    given=repr(getattr(self, name)),
-                    allowed=", ".join(choices),
-                )
-        if self.attention == "none" and not self.mlp:
+        super().__post_init__()
+        if self.head_score not in get_args(HeadScore):
             raise ConfigError(
-                "nothing to cut", given="attention: none and mlp: false", fix="set mlp: true"
+                "unknown method.head_score",
+                given=repr(self.head_score),
+                allowed=", ".join(get_args(HeadScore)),
             )
         if self.skip_first_tokens < 0 or (self.alpha is not None and self.alpha < 0):
             raise ConfigError(
@@ -110,72 +92,17 @@ class TransAct(Method):
                 allowed=">= 0",
             )
 
-    def taps(self, spec: Spec) -> tuple[Tap, ...]:
+    def looks_at(self, spec: Spec) -> tuple[Tap, ...]:
         """Energy at the inputs of the attention output and of the down projection, every block."""
-        return tuple(Tap(module=name, stat=Energy) for name in spec.consumers(self._kinds()))
+        return tuple(Tap(module=name, stat=Energy) for name in spec.consumers(self.kinds))
 
-    def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]]:
-        """Equal widths in every block, or those the budget states.
-
-        Args:
-            spec: the model.
-            budget: how much to keep.
-
-        Returns:
-            Units per block by axis kind.
-
-        Raises:
-            BudgetError: if no widths meet the budget, or it states widths of what is not cut.
-        """
-        kinds = self._kinds()
-        for kind in budget.widths:
-            # Kinds the model does not have are refused below, with those it has.
-            if kind in spec.kinds() and kind not in kinds:
-                raise self._not_cut(kind, kinds)
-        if budget.keep is None:
-            return fixed_widths(spec, budget)
-        return uniform(spec, budget, kinds)
-
-    def _kinds(self) -> tuple[str, ...]:
-        kinds: tuple[str, ...] = () if self.attention == "none" else (self.attention,)
-        return (*kinds, "mlp") if self.mlp else kinds
-
-    def _not_cut(self, kind: str, kinds: tuple[str, ...]) -> BudgetError:
-        allow = "mlp: true" if kind == "mlp" else f"attention: {kind}"
-        return BudgetError(
-            f"budget.widths.{kind} is given, but the method does not cut {kind}",
-            given=f"attention: {self.attention}, mlp: {str(self.mlp).lower()}",
-            allowed=f"widths of {' and '.join(kinds)}",
-            fix=f"remove budget.widths.{kind}, or set {allow} in the method",
-        )
-
-    def plan(self, view: View, budget: Budget) -> Plan:
-        """Score every axis inside its block and keep its best units."""
-        widths = self.widths(view.spec, budget)
-        sizes = sizes_of(view.spec, widths)
-        edits, scores = [], {}
-        for name, keep in sizes.items():
-            axis = view.spec.axes[name]
-            score_U = self._score(view, axis)
-            scores[name] = score_U.float()
-            kept = top_units(score_U, keep, axis.group)
-            if keep < axis.size:
-                edits.append(Keep(axis=name, kept=kept))
-        return Plan(
-            edits=tuple(edits),
-            fingerprint=view.spec.fingerprint,
-            method=self.label,
-            hyper=self.hyper(),
-            asked=budget,
-            got={kind: tuple(per_block) for kind, per_block in widths.items()},
-            scores=scores,
-            calibration=view.calibration,
-        )
+    def scores(self, view: View) -> dict[str, Tensor]:
+        """Salience of every unit, inside its block."""
+        return {axis.name: self._score(view, axis) for axis in self.axes(view.spec)}
 
     def _score(self, view: View, axis: Axis) -> Tensor:
-        consumer = next(piece for piece in axis.slices if piece.side == "in")
-        stat = view.stats[Tap(module=consumer.module, stat=Energy)]
-        energy_Uw = torch.as_tensor(stat.xx_C).cpu()[consumer.index]  # type: ignore[attr-defined]
+        consumer, index_Uw = consumer_index(axis)
+        energy_Uw = view.seen(consumer, Energy).xx_C.cpu()[index_Uw]
         if axis.kind == "mlp":
             return energy_Uw.sqrt()[:, 0]
         width = view.spec.blocks[axis.block].head_dim

@@ -29,5 +29,5 @@ class Gram(Stat):
         )
 
     def update(self, x_NC: Tensor) -> Gram:
-        """Add x and x x^T summed over rows."""
-        return replace(self, x_C=self.x_C + x_NC.sum(0), xx_CC=self.xx_CC + x_NC.T @ x_NC)
+        """Add x and x x^T summed over rows, the latter in place: it is the largest thing around."""
+        return replace(self, x_C=self.x_C + x_NC.sum(0), xx_CC=self.xx_CC.add_(x_NC.T @ x_NC))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,25 @@ def plan_for(structure: Mapping[str, Any], spec: Spec) -> Plan:
             fix="take the structure file from the checkpoint again",
         )
     return plan
+
+
+def keep_edits(spec: Spec, kept: Mapping[str, Sequence[int]]) -> tuple[Keep, ...]:
+    """Edits that leave an axis no other units than those of a structure.
+
+    Args:
+        spec: of the dense model, or one that was cut on the way to the structure.
+        kept: axis name -> unit numbers in the dense model.
+
+    Returns:
+        One edit for each axis that has more.
+    """
+    edits = []
+    for name, units in kept.items():
+        origin = spec.axes[name].origin
+        stays = torch.isin(origin, torch.tensor(list(units), dtype=torch.int64))
+        if not bool(stays.all()):
+            edits.append(Keep(axis=name, kept=torch.nonzero(stays)[:, 0]))
+    return tuple(edits)
 
 
 def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> Applied:

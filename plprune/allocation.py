@@ -1,0 +1,190 @@
+"""Where a budget is spent: the same width everywhere, one threshold for all, or by block.
+
+Legend: U units of an axis, R rows and C columns of a linear.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from plprune.allocate import fixed_widths, sizes_of, uniform
+from plprune.budget import Budget, require_numbers
+from plprune.count import price
+from plprune.errors import BudgetError, ConfigError
+from plprune.methods.base import View
+from plprune.repair import repaired
+from plprune.spec import Spec
+from plprune.stats.base import Tap
+
+Sizes = dict[str, int]
+"""Axis name -> units kept, over all groups."""
+
+
+class Allocation(ABC):
+    """How a budget is divided. Subclasses are frozen dataclasses."""
+
+    def taps(self, spec: Spec) -> tuple[Tap, ...]:
+        """Statistics it needs besides the method's.
+
+        Args:
+            spec: the model.
+        """
+        del spec
+        return ()
+
+    def widths(
+        self, spec: Spec, budget: Budget, kinds: tuple[str, ...]
+    ) -> dict[str, list[int]] | None:
+        """Widths that follow from the budget alone; None if they depend on statistics."""
+        del spec, budget, kinds
+        return None
+
+    @abstractmethod
+    def sizes(
+        self, view: View, budget: Budget, scores: Mapping[str, Tensor], kinds: tuple[str, ...]
+    ) -> Sizes:
+        """Units every axis keeps.
+
+        Args:
+            view: model and statistics.
+            budget: how much stays in all.
+            scores: axis name -> [U], higher stays.
+            kinds: axis kinds that are cut, the finest last.
+
+        Returns:
+            Units by axis; their price meets the budget, and one more of the finest would not.
+
+        Raises:
+            BudgetError: if no widths meet it.
+        """
+
+    def shares(self, view: View, budget: Budget) -> dict[str, float] | None:
+        """For single weights: how much of every linear goes, compared with the others.
+
+        Args:
+            view: model and statistics.
+            budget: how much stays in all.
+
+        Returns:
+            Share of weights to drop by linear; None for equal ones.
+        """
+        raise ConfigError(
+            "this allocation knows no single weights",
+            given=type(self).__name__,
+            allowed="Uniform, OutlierWeighed or MeasuredLoss for methods that mask weights",
+        )
+
+    def hyper(self) -> dict[str, Any]:
+        """Settings as plain values."""
+        own = {f.name: getattr(self, f.name) for f in fields(cast(Any, self))}
+        return {"class": type(self).__name__, **own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Allocation):
+    """The same width in every block."""
+
+    def widths(self, spec: Spec, budget: Budget, kinds: tuple[str, ...]) -> dict[str, list[int]]:
+        """From the budget alone."""
+        return fixed_widths(spec, budget) if budget.keep is None else uniform(spec, budget, kinds)
+
+    def sizes(
+        self, view: View, budget: Budget, scores: Mapping[str, Tensor], kinds: tuple[str, ...]
+    ) -> Sizes:
+        """Those of `widths`."""
+        del scores
+        return sizes_of(view.spec, self.widths(view.spec, budget, kinds))
+
+    def shares(self, view: View, budget: Budget) -> None:
+        """Equal ones."""
+        del view, budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalThreshold(Allocation):
+    """Keep whatever scores above one threshold, wherever it is."""
+
+    least: float = 0.0
+    """Share of every axis that stays whatever it scores (at least one unit does)."""
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ConfigError: unless it is a share.
+        """
+        require_numbers(self, "allocation")
+        if not 0 <= self.least <= 1:
+            raise ConfigError(
+                "allocation.least out of range", given=str(self.least), allowed="0 to 1"
+            )
+
+    def sizes(
+        self, view: View, budget: Budget, scores: Mapping[str, Tensor], kinds: tuple[str, ...]
+    ) -> Sizes:
+        """Move the threshold until the budget is met, then fill it up."""
+        spec = view.spec
+        target = target_of(spec, budget)
+        fixed = sizes_of(spec, fixed_widths(spec, budget))
+        free = {
+            axis.name: scores[axis.name].double().sort(descending=True).values
+            for axis in spec.axes.values()
+            if axis.kind in kinds and axis.name not in fixed
+        }
+        values = torch.unique(torch.cat([*free.values()]))
+        low, high, best = 0, len(values), None
+        while low < high:  # smallest threshold that meets the budget
+            middle = (low + high) // 2
+            sizes = fixed | {
+                n: self._above(spec, n, s, values[middle], budget) for n, s in free.items()
+            }
+            if price(spec, budget, sizes) <= target * (1 + 1e-12):
+                best, high = sizes, middle
+            else:
+                low = middle + 1
+        if best is None:
+            best = fixed | {n: self._above(spec, n, s, torch.inf, budget) for n, s in free.items()}
+        return repaired(spec, budget, best, free, target)
+
+    def _above(
+        self, spec: Spec, name: str, sorted_U: Tensor, threshold: Any, budget: Budget
+    ) -> int:
+        axis = spec.axes[name]
+        step = step_of(spec, name, budget)
+        most = axis.size
+        least = max(step, -(-int(self.least * most + 1 - 1e-9) // step) * step)
+        count = int((sorted_U > threshold).sum())
+        return min(most, max(least, round(count / step) * step))
+
+
+def step_of(spec: Spec, name: str, budget: Budget) -> int:
+    """Units by which the width of an axis changes: its multiple, in every group.
+
+    Args:
+        spec: the model.
+        name: of the axis.
+        budget: states multiples.
+    """
+    axis = spec.axes[name]
+    return axis.groups * budget.multiple_of.get(axis.kind, 1)
+
+
+def target_of(spec: Spec, budget: Budget) -> float:
+    """What a budget allows, in its own quantity.
+
+    Raises:
+        BudgetError: without `keep`.
+    """
+    if budget.keep is None:
+        raise BudgetError(
+            "this allocation needs a share to keep",
+            given="widths alone",
+            fix="set budget.keep, or use the allocation Uniform with widths",
+        )
+    return float(budget.keep * price(spec, budget))

@@ -1,0 +1,268 @@
+"""Prune a folder without training, block by block, into an export; a killed run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plprune import dist
+from plprune.budget import Budget
+from plprune.compensate import Compensation
+from plprune.drivers.blocks import (
+    Stream,
+    begin,
+    budget_of,
+    carry_out,
+    observe_whole,
+    prune_block,
+)
+from plprune.drivers.whole import calibration_hash
+from plprune.load_check import files_of
+from plprune.methods.base import Method, View
+from plprune.observe import StatMap
+from plprune.plan import Keep, Plan
+from plprune.sparse import SparseMethod, drops
+from plprune.spec import Spec
+from plprune.stream import Stored
+from plprune.streaming.blocks import FromFiles
+from plprune.streaming.calls import Batch
+from plprune.streaming.hidden import Hidden, InMemory, OnDisk
+from plprune.streaming.opened import facts_of, open_model, restore
+from plprune.streaming.work import Work
+
+Progress = Callable[[int, int], None]
+Shown = Callable[[str], Progress]
+"""From a title to a function called with (blocks done, blocks in all)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to do to which model."""
+
+    folder: Path
+    """The dense model."""
+    target: Path
+    """Where the export will be; the work lies beside it."""
+    method: Method
+    """Decides."""
+    budget: Budget
+    """How much stays."""
+    compensation: Compensation | None = None
+    """New weights for what reads from units that go."""
+    batches: Sequence[Batch] = ()
+    """Calibration batches of this process."""
+    hidden_on_disk: bool = False
+    """Keep hidden states in memory-mapped files instead of in memory."""
+    dtype: torch.dtype = torch.float32
+    """Number format of the weights while they compute."""
+    device: str = "cpu"
+    """Where they compute."""
+    trust_remote_code: bool = False
+    """Allow Python code of the folder to run."""
+    shown: Shown = field(default=lambda title: lambda done, total: None)
+    """Shows progress."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Done:
+    """A pruned model on its way into an export."""
+
+    source: FromFiles
+    """The model on the meta device; it knows where its tensors are."""
+    dense: Spec
+    """As it was."""
+    work: Work
+    """The folder with finished blocks."""
+    facts: list[dict[str, Any]]
+    """Of every block."""
+    calibration: str
+    """Hash of the calibration sequences."""
+
+    def read(self, name: str) -> Tensor:
+        """A complete tensor by name."""
+        return self.source.places[name].read()
+
+
+def prune(job: Job) -> Done:
+    """Prune every block and store it.
+
+    Args:
+        job: what to do; equal on all ranks but for their batches.
+
+    Returns:
+        The pruned model; the caller exports it and removes the work folder.
+
+    Raises:
+        PlpruneError: for anything that stands in the way; finished blocks are kept.
+    """
+    with dist.together():
+        model, places = open_model(job.folder, trust_remote_code=job.trust_remote_code)
+        source = FromFiles(model, places, dtype=job.dtype, device=job.device)
+    dense, calibration = source.spec, calibration_hash(job.batches)
+    with dist.together():
+        due = drops(dense, job.budget) if isinstance(job.method, SparseMethod) else None
+        work = Work(job.target, _settings(job, dense, calibration))
+    run = _Run(job=job, source=source, dense=dense, work=work, calibration=calibration)
+    source.keep_with(run.keep)
+    if due is None:
+        run.whole()
+    else:
+        run.blocks(budget_of(dense, due))
+    facts = [work.facts(number) for number in range(len(source))]
+    return Done(source=source, dense=dense, work=work, facts=facts, calibration=calibration)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Run:
+    """One call of `prune`."""
+
+    job: Job
+    source: FromFiles
+    dense: Spec
+    work: Work
+    calibration: str
+
+    def keep(self, number: int, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+        """Rank 0 writes a finished block, all read it from there."""
+        with dist.together():
+            if dist.rank() == 0:
+                self.work.keep(number, tensors, facts_of(self.source, number, tensors))
+        return self.work.places(number)
+
+    def blocks(self, budgets: Callable[[Sequence[str]], Budget]) -> None:
+        """Decide on each block when its turn comes."""
+        finished = restore(self.source, self.work)
+        if finished == len(self.source):
+            return
+        needs = bool(self.job.method.taps(self.source.spec))
+        stream = self._stream("hidden", finished, needs=needs)
+        shown = self.job.shown(f"{self.job.method.label}")
+        for number in range(finished, len(self.source)):
+            with self.source.block(number) as block:
+                prune_block(stream, number, block, self.job.method, budgets)
+                self._finish(stream, number, block, needs=needs)
+            shown(number + 1, len(self.source))
+
+    def whole(self) -> None:
+        """Look at the whole model, decide, then change block by block."""
+        plan = self._plan()
+        finished = restore(self.source, self.work)
+        if finished == len(self.source):
+            return
+        needs = self.job.compensation is not None
+        stream = self._stream("hidden", finished, needs=needs)
+        shown = self.job.shown(f"cutting by the plan of {plan.method}")
+        edits = _Edits(plan, self.dense)
+        for number in range(finished, len(self.source)):
+            with self.source.block(number) as block:
+                own = edits.of(number)
+                if own:
+                    part = replace(plan, edits=own)
+                    carry_out(stream, number, block, part, self.job.compensation)
+                self._finish(stream, number, block, needs=needs)
+            shown(number + 1, len(self.source))
+
+    def _finish(self, stream: Stream, number: int, block: nn.Module, *, needs: bool) -> None:
+        """Store a block, and pass on what comes out of it as it was stored."""
+        self.source.done(number)
+        if needs and number + 1 < len(self.source):
+            stream.forward(number, block)
+
+    def _stream(self, name: str, finished: int, *, needs: bool) -> Stream:
+        """The calibration set in front of the first block that is not finished."""
+        batches = self.job.batches if needs else ()
+        store, start = self._store(name, finished) if needs else (InMemory, finished)
+        stream = begin(
+            self.source, batches, self.job.method.skip_first_tokens, store, self.calibration
+        )
+        shown = self.job.shown("running the calibration set through finished blocks")
+        for number in range(start, finished):
+            with self.source.block(number) as block:
+                stream.forward(number, block)
+            shown(number + 1, finished)
+        return stream
+
+    def _store(self, name: str, finished: int) -> tuple[Callable[[list[Tensor]], Hidden], int]:
+        """Where hidden states are kept, and the block in front of which they are."""
+        if not self.job.hidden_on_disk:
+            return InMemory, 0
+        folder = self.work.folder / f"{name}-{dist.rank()}-of-{dist.world_size()}"
+        folder.mkdir(exist_ok=True)
+        start = dist.all_alike(OnDisk.kept(folder) or 0)
+        # A rank may have died before it stored what others did: then all begin again.
+        start = start if start is not None and start <= finished else 0
+        return lambda first: OnDisk(folder, first, start), start
+
+    def _plan(self) -> Plan:
+        """The plan of an earlier run with the same settings, or a new one."""
+        known = self.work.plan()
+        if known is not None:
+            return known
+        method, source = self.job.method, self.source
+        stats = self._observed()
+        view = View(
+            spec=source.spec,
+            stats=stats,
+            weight=source.weight,
+            bias=source.bias,
+            calibration=self.calibration,
+        )
+        plan = dist.agree(method.plan(view, self.job.budget))
+        with dist.together():
+            if dist.rank() == 0:
+                self.work.keep_plan(plan)
+        return plan
+
+    def _observed(self) -> StatMap:
+        taps = self.job.method.taps(self.source.spec)
+        if not taps:
+            return {}
+        known = [self.work.stats(number) for number in range(len(self.source))]
+        seen = next((n for n, one in enumerate(known) if one is None), len(known))
+        found = {tap: stat for one in known[:seen] if one for tap, stat in one.items()}
+        if seen < len(known):
+            stream = self._stream("seen", seen, needs=True)
+            shown = self.job.shown("observing the dense model")
+            for number, stats in observe_whole(stream, taps, seen):
+                with dist.together():
+                    if dist.rank() == 0:
+                        self.work.keep_stats(number, stats)
+                found.update(stats)
+                shown(number + 1, len(self.source))
+        return found
+
+
+class _Edits:
+    """Edits of a plan by block, in the coordinates of the model as it is when their turn comes."""
+
+    def __init__(self, plan: Plan, spec: Spec) -> None:
+        self._by_block: dict[int, list[Keep]] = {}
+        for edit in plan.edits:
+            assert isinstance(edit, Keep), "methods of order whole keep units"
+            self._by_block.setdefault(spec.axes[edit.axis].block, []).append(edit)
+
+    def of(self, number: int) -> tuple[Keep, ...]:
+        return tuple(self._by_block.get(number, ()))
+
+
+def _settings(job: Job, dense: Spec, calibration: str) -> dict[str, Any]:
+    """Everything the result depends on."""
+    compensation = job.compensation
+    return {
+        "model": str(job.folder),
+        "files": {f.name: [f.stat().st_size, f.stat().st_mtime] for f in files_of(job.folder)},
+        "fingerprint": dense.fingerprint,
+        "method": job.method.label,
+        "hyper": job.method.hyper(),
+        "budget": job.budget.to_dict(),
+        "compensation": None
+        if compensation is None
+        else {"class": type(compensation).__name__, **compensation.hyper()},
+        "calibration": calibration,
+        "dtype": str(job.dtype),
+    }

@@ -1,0 +1,37 @@
+"""Magnitude pruning: the weights that are smallest go. The oldest baseline; it needs no data.
+
+Legend: R rows, C columns of a linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from plprune.methods.base import View
+from plprune.sparse import ScoredSparse
+from plprune.spec import Spec
+from plprune.stats.base import Tap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(ScoredSparse):
+    """Score |W| (LeCun, Denker and Solla 1990; Han et al. 2015)."""
+
+    pattern: str = "layer"
+    """Weights are compared within a `layer` (one linear; as is usual), a `row`, or N:M."""
+
+    @property
+    def needs_data(self) -> bool:
+        """No."""
+        return False
+
+    def taps(self, spec: Spec) -> tuple[Tap, ...]:
+        """None."""
+        del spec
+        return ()
+
+    def score(self, view: View, name: str) -> Tensor:
+        """|W|."""
+        return view.weight(name).abs()
