@@ -17,6 +17,7 @@ from plprune.budget import require_numbers
 from plprune.errors import ConfigError, PlanError
 from plprune.stats.base import Stat
 from plprune.stats.gram import Gram
+from plprune.stats.moments import Moments
 
 
 class Compensation(ABC):
@@ -102,6 +103,8 @@ class LeastSquares(Compensation):
     stat: ClassVar[type[Stat]] = Gram
     ridge: float = 0.01
     """Pull towards the weights as they were, as a share of the mean squared input."""
+    add_bias: bool = False
+    """Also give a bias to linears that have none; not while a model is trained."""
 
     def __post_init__(self) -> None:
         """Check the ridge.
@@ -122,10 +125,35 @@ class LeastSquares(Compensation):
         gram = cast(Gram, seen)
         # Small beside the solving, and the sums are kept on the CPU.
         weight_RC = weight_RC.to(gram.n.device).double()
-        if bias_R is None:
+        if bias_R is None and not self.add_bias:
             return refit(weight_RC, gram.xx_CC, keep_C, self.ridge), None
         mean_C = gram.x_C / gram.n
         centred_CC = gram.xx_CC - gram.n * torch.outer(mean_C, mean_C)
         new_RC = refit(weight_RC, centred_CC, keep_C, self.ridge)
         lost_R = weight_RC @ mean_C - new_RC[:, keep_C] @ mean_C[keep_C]
-        return new_RC, bias_R.to(gram.n.device).double() + lost_R
+        return new_RC, _plus(bias_R, lost_R)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanBias(Compensation):
+    """What goes is replaced by its mean, in the bias of what reads it (FLAP, arXiv 2312.11983).
+
+    b' = b + W_D mean(x_D); weights stay. Linears without bias get one, which a model that is
+    trained cannot take.
+    """
+
+    stat: ClassVar[type[Stat]] = Moments
+
+    def solve(
+        self, weight_RC: Tensor, bias_R: Tensor | None, seen: Stat, keep_C: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weights as they are, and the new bias in float64."""
+        mean_C = cast(Moments, seen).mean_C
+        gone_C = ~keep_C
+        lost_R = weight_RC.to(mean_C.device).double()[:, gone_C] @ mean_C[gone_C]
+        return weight_RC, _plus(bias_R, lost_R)
+
+
+def _plus(bias_R: Tensor | None, more_R: Tensor) -> Tensor:
+    """A bias, new or not, and more."""
+    return more_R if bias_R is None else bias_R.to(more_R.device).double() + more_R

@@ -25,7 +25,9 @@ from plprune.describe import describe
 from plprune.drivers import whole
 from plprune.methods.base import Method
 from plprune.plan import Keep, Plan
+from plprune.sparse import SparseMethod
 from plprune.spec import Entry, Spec
+from plprune.structured import StructuredMethod
 from plprune.surgery.apply import Applied, apply
 from plprune.surgery.lower import lower
 from plprune.unwrap import unwrap
@@ -262,6 +264,10 @@ def collect() -> list[type[Method]]:
 
 
 METHODS = collect()
+STRUCTURED = [kind for kind in METHODS if issubclass(kind, StructuredMethod)]
+"""Methods that remove units."""
+SPARSE = [kind for kind in METHODS if issubclass(kind, SparseMethod)]
+"""Methods that set single weights to zero."""
 
 
 def by_whole(

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from plprune import dist
 from plprune.budget import Budget
 from plprune.compensate import Compensation
-from plprune.drivers.whole import token_mask
+from plprune.drivers.whole import calibration_hash, token_mask
 from plprune.methods.base import Method, View
 from plprune.observe import StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Keep, Plan, Write
+from plprune.sparse import drops
 from plprune.spec import Spec
 from plprune.stats.base import Stat, Tap
-from plprune.streaming.blocks import Blocks
+from plprune.streaming.blocks import Blocks, Held
 from plprune.streaming.calls import Batch, Call, Known, inputs_of, record
-from plprune.streaming.hidden import Hidden
+from plprune.streaming.hidden import Hidden, InMemory
 from plprune.surgery.apply import apply
 from plprune.surgery.lower import lower
 from plprune.surgery.written import bias_of, weight_of
@@ -176,6 +177,35 @@ def prune_block(
         plan = dist.agree(method.plan(view, budgets(names)))
         plans.append(plan)
         apply_part(source, plan)
+    return plans
+
+
+def prune_model(
+    model: nn.Module, method: Method, budget: Budget, batches: Sequence[Batch]
+) -> list[Plan]:
+    """Prune a model that is in memory, by a method of order `blocks`.
+
+    Args:
+        model: plain or wrapped; changed in place, its training mode is put back.
+        method: sets single weights to zero.
+        budget: how much of them stays.
+        batches: calibration batches of this rank.
+
+    Returns:
+        What was done, in order.
+    """
+    modes = {module: module.training for module in model.modules()}
+    source = Held(model.eval())
+    budgets = budget_of(source.spec, drops(source.spec, budget))
+    stream = begin(source, batches, method.skip_first_tokens, InMemory, calibration_hash(batches))
+    plans = []
+    for number in range(len(source)):
+        with source.block(number) as block:
+            plans += prune_block(stream, number, block, method, budgets)
+            if number + 1 < len(source):
+                stream.forward(number, block)
+    for module, mode in modes.items():
+        module.training = mode
     return plans
 
 

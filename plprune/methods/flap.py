@@ -1,14 +1,19 @@
-"""FLAP: units whose output fluctuates little can be replaced by their mean (arXiv 2312.11983).
+"""FLAP: units whose output fluctuates little can be replaced by their mean.
 
-    score of a channel = Var(x_j) * |W_:j|^2      over the inputs of the consuming linear
+An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024,
+arXiv 2312.11983, and its release (CASIA-LMC-Lab/FLAP).
 
-standardised over the channels of each linear, one threshold for the whole model. In attention the
-release squares the channel scores, and a unit has the mean of its channels. What a removed unit
-gives on average goes into the bias of what reads it: `compensation: MeanBias`, or LeastSquares,
-which contains it. The variance here is that of all tokens; the release's running estimate loses
-terms.
+    S_j = Var(x_j) * |W_:j|^2        over the inputs of the consuming linear (WIFV)
 
-Legend: U units of an axis, C columns of a consumer.
+standardised over the channels of each linear; a unit has the mean of its channels, and one
+threshold holds for the whole model (AL-AM). What a removed unit gives on average goes into the bias
+of what reads it: stack `compensation: MeanBias` (as published), or LeastSquares, which contains it.
+
+Differences from the release: the variance is that of all tokens (its running estimate loses
+terms); heads go with their KV group; a unit's price is counted instead of set to 512/3 channels;
+the budget is met exactly.
+
+Not for: half of a model and more, where the standardised scores overshoot in single layers.
 """
 
 from __future__ import annotations

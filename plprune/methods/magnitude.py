@@ -1,6 +1,13 @@
-"""Magnitude pruning: the weights that are smallest go. The oldest baseline; it needs no data.
+"""Magnitude pruning: the weights that are smallest go.
 
-Legend: R rows, C columns of a linear.
+Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015,
+arXiv 1506.02626. The oldest baseline; it needs no data.
+
+    S_ij = |W_ij|        compared within one linear
+
+Differences: counts are exact; releases take a threshold and drop all weights that tie with it.
+
+Not for: language models above a few ten percent, or any N:M pattern; Wanda costs seconds more.
 """
 
 from __future__ import annotations

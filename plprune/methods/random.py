@@ -1,6 +1,10 @@
 """Random units: the control every criterion has to beat.
 
-Legend: U units of an axis.
+Used as such by Ma et al., LLM-Pruner, NeurIPS 2023, arXiv 2305.11627.
+
+    S_u = a number drawn from [0, 1)
+
+Not for: anything but comparison.
 """
 
 from __future__ import annotations

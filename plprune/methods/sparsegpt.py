@@ -1,11 +1,18 @@
-"""SparseGPT: drop weights column by column, the rest makes up for it (arXiv 2301.00774).
+"""SparseGPT: drop weights column by column, the rest makes up for it.
 
-Of each stripe of columns an equal share goes, by w^2 / U_jj^2 with U the upper Cholesky factor of
-the inverse of H = sum x x^T + damping; whatever a column loses is passed on to the columns after it
-(`plprune.obs`). The release drops one weight too many per stripe, and all that tie; counts here are
-exact.
+Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+ICML 2023, arXiv 2301.00774, and its release (IST-DASLab/sparsegpt).
 
-Legend: R rows, C columns of a linear.
+    H = sum x x^T + damping,    U^T U = H^-1,    S_ij = W_ij^2 / U_jj^2
+
+Of every stripe of columns the lowest scores go, all rows together (N:M: of every M neighbours),
+and what a column loses is passed on to the columns after it (`plprune.obs`).
+
+Differences from the release: counts are exact (it drops one weight too many per stripe, and all
+that tie); linears that read the same activation share one Gram matrix and one factor; where H
+cannot be inverted the damping rises tenfold, up to the mean diagonal; sums run in float64.
+
+Not for: speed on GPUs without an N:M kernel; calibration sets with fewer tokens than columns.
 """
 
 from __future__ import annotations

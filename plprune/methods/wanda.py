@@ -1,12 +1,20 @@
-"""Wanda: weights times the norm of what they multiply (Sun et al., arXiv 2306.11695).
+"""Wanda: weights times the norm of what they multiply.
 
-    S_ij = |W_ij| * |x_j|_2      over all calibration tokens, compared within a row
+Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024,
+arXiv 2306.11695, and its release (locuslab/wanda).
 
-Nothing is retrained or updated. Statistics of a block are taken before any of its weights goes, as
-in the release; `true_sequential` takes those of a linear after what comes before it in the block.
-Sums of squares and counts are kept instead of running means, which changes no order.
+    S_ij = |W_ij| * |x_j|_2        over all calibration tokens, compared within a row
 
-Legend: R rows, C columns of a linear.
+and the lowest go. No weight is updated. Statistics of a block are taken before any of its weights
+goes; the next block sees what the pruned one makes of the text.
+
+Differences from the release: sums and counts instead of running means over sequences, so that
+padding and batches do not matter; where a share of a row is no whole number, rows differ by one and
+the total is exact (the release rounds every row down); N:M means N kept. `variable_rows` drops the
+prefixes whose share of the row's scores is lowest, with an exact total, instead of bisecting for
+it.
+
+Not for: speed on GPUs without an N:M kernel; ratios where SparseGPT's update pays (2:4, 60 %).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every pruning method owes; a new file in `plprune/methods` is tested without a line here.
+"""What every method that removes units owes; a new file in `plprune/methods` is tested without a line here.
 
 Numbers are those of the list in the architecture:
 
@@ -13,7 +13,7 @@ Numbers are those of the list in the architecture:
 12  bf16 weights: float32 scores, the decisions of fp32 up to ties
 13  docstrings: citation, formula, "Not for"; every field
 
-5 (two processes) is in `tests/dist`; 1, 8 and 14 are in `test_methods_outside.py`.
+Methods that set single weights to zero are in `test_sparse_methods.py`. 5 (two processes) is in `tests/dist`; 1, 8 and 14 are in `test_methods_outside.py`.
 """
 
 import ast
@@ -32,7 +32,7 @@ from torch import nn
 
 import oracles
 import tiny
-from oracles import DRIVERS, METHOD_FOLDER, METHODS, plan_by
+from oracles import DRIVERS, METHOD_FOLDER, METHODS, SPARSE, STRUCTURED, plan_by
 from plprune import families
 from plprune.allocate import sizes_of
 from plprune.budget import Budget
@@ -45,7 +45,10 @@ from plprune.surgery.apply import apply
 from plprune.surgery.rebuild import rebuild, structure_of
 
 BUDGET = Budget(keep=0.6, base="prunable", multiple_of={"mlp": 4})
-every_method = pytest.mark.parametrize("kind", METHODS, ids=[kind.__name__ for kind in METHODS])
+every_method = pytest.mark.parametrize(
+    "kind", STRUCTURED, ids=[kind.__name__ for kind in STRUCTURED]
+)
+every_kind = pytest.mark.parametrize("kind", METHODS, ids=[kind.__name__ for kind in METHODS])
 
 
 def planned(kind: type[Method], model: nn.Module, budget: Budget = BUDGET, batches: Any = None):
@@ -55,7 +58,8 @@ def planned(kind: type[Method], model: nn.Module, budget: Budget = BUDGET, batch
 def test_every_file_holds_a_method_with_a_driver():
     modules = {kind.__module__.rpartition(".")[2] for kind in METHODS}
     assert modules == {path.stem for path in METHOD_FOLDER.glob("*.py")} - {"__init__", "base"}
-    assert {kind.order for kind in METHODS} <= set(DRIVERS)
+    assert {kind.order for kind in STRUCTURED} <= set(DRIVERS)
+    assert set(METHODS) == {*STRUCTURED, *SPARSE}
 
 
 # --- 2, 3, 4 -------------------------------------------------------------------------------------
@@ -344,7 +348,7 @@ def card_errors(text: str) -> list[str]:
     return [name for name, pattern in wanted.items() if not re.search(pattern, text, re.MULTILINE)]
 
 
-@every_method
+@every_kind
 def test_13_method_card(kind: type[Method]):
     module = importlib.import_module(kind.__module__)
     assert card_errors(module.__doc__ or "") == []

@@ -46,7 +46,7 @@ def shards(split: str) -> list[list]:
 def results(rank: int, split: str) -> dict:
     """What a rank computes, as plain values."""
     mine, found = shards(split)[rank], {"plans": {}, "kept": {}, "calibration": {}}
-    for method in oracles.METHODS:
+    for method in oracles.STRUCTURED:
         for name in NAMES:
             plan = oracles.plan_by(method(), tiny.model(name), BUDGET, mine)
             key = f"{method.__name__} {name}"
