@@ -21,7 +21,7 @@ from plprune.drivers.blocks import (
     observe_whole,
     prune_block,
 )
-from plprune.drivers.whole import calibration_hash
+from plprune.drivers.whole import calibration_hash, empty_calibration
 from plprune.load_check import files_of
 from plprune.methods.base import Method, View
 from plprune.observe import StatMap
@@ -101,12 +101,15 @@ def prune(job: Job) -> Done:
         PlpruneError: for anything that stands in the way; finished blocks are kept.
     """
     with dist.together():
+        needs = job.method.needs_data or job.compensation is not None
+        if needs and dist.world_size() == 1 and not job.batches:
+            raise empty_calibration()
         model, places = open_model(job.folder, trust_remote_code=job.trust_remote_code)
         source = FromFiles(model, places, dtype=job.dtype, device=job.device)
     dense, calibration = source.spec, calibration_hash(job.batches)
     with dist.together():
         due = drops(dense, job.budget) if isinstance(job.method, SparseMethod) else None
-        work = Work(job.target, _settings(job, dense, calibration))
+        work = Work(job.target, settings(job, dense, calibration))
     run = _Run(job=job, source=source, dense=dense, work=work, calibration=calibration)
     source.keep_with(run.keep)
     if due is None:
@@ -250,8 +253,14 @@ class _Edits:
         return tuple(self._by_block.get(number, ()))
 
 
-def _settings(job: Job, dense: Spec, calibration: str) -> dict[str, Any]:
-    """Everything the result depends on."""
+def settings(job: Job, dense: Spec, calibration: str) -> dict[str, Any]:
+    """Everything the result depends on, as plain values.
+
+    Args:
+        job: what to do.
+        dense: spec of the model.
+        calibration: hash of the calibration sequences.
+    """
     compensation = job.compensation
     return {
         "model": str(job.folder),

@@ -54,12 +54,7 @@ def calibrate(
     """
     taps = method.taps(spec)
     if not batches and dist.world_size() == 1:
-        raise DataError(
-            "empty calibration set",
-            given="0 batches",
-            allowed="at least 1",
-            fix="set data.calibration_samples",
-        )
+        raise empty_calibration()
     plain, modes = unwrap(model), {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -134,6 +129,16 @@ def token_mask(inputs: Batch, skip_first: int) -> Tensor | None:
         return None
     keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     return keep & (keep.cumsum(-1) > skip_first)
+
+
+def empty_calibration() -> DataError:
+    """What to say when there is nothing to look at."""
+    return DataError(
+        "empty calibration set",
+        given="0 batches",
+        allowed="at least 1",
+        fix="set data.calibration_samples",
+    )
 
 
 def calibration_hash(batches: Iterable[Batch]) -> str:
