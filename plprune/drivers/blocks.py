@@ -27,7 +27,6 @@ from plprune.stats.base import Stat, Tap
 from plprune.streaming.blocks import Blocks, Held
 from plprune.streaming.calls import Batch, Call, Known, inputs_of, record
 from plprune.streaming.hidden import Hidden, InMemory
-from plprune.surgery.apply import apply
 from plprune.surgery.lower import lower
 from plprune.surgery.written import bias_of, weight_of
 
@@ -118,6 +117,7 @@ def begin(
     skip_first: int,
     store: Callable[[list[Tensor]], Hidden],
     calibration: str,
+    idle: Sequence[Batch] = (),
 ) -> Stream:
     """Embed the calibration set.
 
@@ -127,19 +127,23 @@ def begin(
         skip_first: tokens at the start of each sequence that statistics ignore.
         store: where hidden states are kept.
         calibration: hash of the sequences of all ranks.
+        idle: batches that are run without looking: ranks that share tensors must all make the same
+            number of passes.
 
     Returns:
         The stream before block 0.
     """
     known = Known()
     with source.outside():
-        recorded = [record(source.model, batch, known) for batch in batches]
+        recorded = [record(source.model, batch, known) for batch in (*batches, *idle)]
     cpu = torch.device("cpu")
+    masks = [token_mask(inputs_of(batch, cpu), skip_first) for batch in batches]
+    masks += [torch.zeros_like(batch["input_ids"], dtype=torch.bool) for batch in idle]
     return Stream(
         source=source,
         hidden=store([hidden for hidden, _ in recorded]),
         calls=[calls for _, calls in recorded],
-        masks=[token_mask(inputs_of(batch, cpu), skip_first) for batch in batches],
+        masks=masks,
         calibration=calibration,
     )
 
@@ -216,8 +220,7 @@ def apply_part(source: Blocks, plan: Plan) -> None:
         source: the model; its spec follows.
         plan: for linears of one block whose weights are there.
     """
-    whole = replace(plan, fingerprint=source.spec.fingerprint)
-    source.spec = apply(source.model, whole, source.spec).spec
+    source.change(replace(plan, fingerprint=source.spec.fingerprint))
 
 
 def budget_of(spec: Spec, due: Mapping[str, int]) -> Callable[[Sequence[str]], Budget]:

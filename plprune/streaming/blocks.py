@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from plprune.describe import describe
+from plprune.plan import Plan
 from plprune.spec import Spec
 from plprune.stream import Stored
 from plprune.streaming.calls import blocks_of
+from plprune.surgery.apply import apply
 from plprune.surgery.written import bias_of, weight_of
 from plprune.unwrap import family_of, unwrap
 
@@ -50,6 +52,14 @@ class Blocks(ABC):
         Args:
             number: which.
         """
+
+    def change(self, plan: Plan) -> None:
+        """Carry out a plan for linears whose weights are there; the spec follows.
+
+        Args:
+            plan: in the coordinates of `spec`.
+        """
+        self.spec = apply(self.model, plan, self.spec).spec
 
     @abstractmethod
     def done(self, number: int) -> None:

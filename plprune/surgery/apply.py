@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plprune.errors import PlanError
 from plprune.families.base import Family
-from plprune.plan import Keep, Mask, Plan, Write
+from plprune.plan import Keep, Plan, Write
 from plprune.sharded import parameter_like, write
 from plprune.spec import Entry, Lowered, Spec
 from plprune.surgery.linear_like import base_of, is_conv1d, is_lora, refresh_sizes
@@ -183,13 +183,6 @@ def _write(model: nn.Module, plan: Plan) -> None:
     for edit in plan.edits:
         if isinstance(edit, Write) and edit.bias is not None:
             _add_bias(base_of(model.get_submodule(edit.module)), edit.bias)
-    for edit in plan.edits:
-        if isinstance(edit, Mask):
-            base = base_of(model.get_submodule(edit.module))
-            with torch.no_grad():
-                weight = cast(nn.Parameter, base.weight)
-                keep = edit.keep.T if is_conv1d(base) else edit.keep
-                weight.mul_(keep.to(weight.device, weight.dtype))
 
 
 def _add_bias(base: nn.Module, bias: Tensor) -> None:

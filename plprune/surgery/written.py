@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.errors import PlanError
-from plprune.plan import Plan, Write
+from plprune.plan import Mask, Plan, Write
 from plprune.sharded import whole
 from plprune.surgery.linear_like import base_of, is_conv1d, is_lora
 
@@ -46,7 +46,7 @@ def bias_of(module: nn.Module) -> Tensor:
 
 
 def new_values(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """What the `Write` edits of a plan change; collective for divided weights.
+    """What the `Write` and `Mask` edits of a plan change; collective for divided weights.
 
     Args:
         model: plain Hugging Face model, in the coordinates of the plan.
@@ -58,20 +58,29 @@ def new_values(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Parameter, Ten
     Raises:
         PlanError: as `weight_of`.
     """
-    for edit in plan.edits:
-        if not isinstance(edit, Write):
-            continue
-        module = model.get_submodule(edit.module)
+    masks = {edit.module: edit.keep for edit in plan.edits if isinstance(edit, Mask)}
+    writes = {edit.module: edit for edit in plan.edits if isinstance(edit, Write)}
+    for name in {**writes, **masks}:
+        module, edit = model.get_submodule(name), writes.get(name)
         base = base_of(module)
         parameter = cast(nn.Parameter, base.weight)
-        if edit.weight is not None:
-            delta = _adapters(module)
-            values = edit.weight
-            if delta is not None:
-                values = values.to(delta.device).double() - delta
+        if name in masks or (edit is not None and edit.weight is not None):
+            values = _base_values(module, edit)
+            if name in masks:
+                values = values * masks[name].to(values.device)
             yield parameter, (values.T if is_conv1d(base) else values).to(parameter.dtype)
-        if edit.bias is not None and base.bias is not None:
+        if edit is not None and edit.bias is not None and base.bias is not None:
             yield cast(nn.Parameter, base.bias), edit.bias.to(parameter.dtype)
+
+
+def _base_values(module: nn.Module, edit: Write | None) -> Tensor:
+    """[R, C] that the base weight takes, masks not applied yet."""
+    base = base_of(module)
+    if edit is None or edit.weight is None:
+        stored = whole(cast(Tensor, base.weight)).detach()
+        return stored.T if is_conv1d(base) else stored
+    delta = _adapters(module)
+    return edit.weight if delta is None else edit.weight.to(delta.device).double() - delta
 
 
 def dora_refitted() -> PlanError:

@@ -153,6 +153,20 @@ class Adapter(ABC):
         del trainer
         sharded.write(parameter, full)
 
+    def mask_state(self, trainer: Trainer, parameter: nn.Parameter, keep: Tensor) -> None:
+        """Clear what the optimizer remembers of entries that were set to zero.
+
+        Args:
+            trainer: running, after `rest`.
+            parameter: of the module, trained or not.
+            keep: bool, of the complete parameter's shape as the linear has it, True for what stays.
+        """
+        for optimizer in self.optimizers(trainer):
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    stays = keep.to(value.device, value.dtype).reshape(value.shape)
+                    value.mul_(sharded.shard_like(stays, value))
+
     def rest(self, trainer: Trainer) -> None:
         """Bring the parameters that training owns back into the modules, before these change.
 

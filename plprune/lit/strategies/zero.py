@@ -30,9 +30,11 @@ from plprune.lit.strategies.filling import (
 from plprune.lit.strategies.zero_snapshot import put_back, take
 from plprune.lit.strategies.zero_state import (
     MASTER,
+    complete,
     is_stage_3,
     known,
     make_state,
+    moments_of,
     put,
     put_part,
     trained,
@@ -136,6 +138,15 @@ class ZeROAdapter(Adapter):
         if optimizers and parameter in known(optimizers[0]):
             put(parameter, MASTER, full.to(trainer.strategy.root_device, torch.float32))
         super().write(trainer, parameter, full)
+
+    def mask_state(self, trainer: Trainer, parameter: nn.Parameter, keep: Tensor) -> None:
+        """Moments are flat parts of many parameters; see `Adapter.mask_state`."""
+        optimizers: Any = trainer.strategy.optimizers
+        if not optimizers or parameter not in known(optimizers[0]):
+            return
+        for key in moments_of(optimizers[0]):
+            full = complete(parameter, key)
+            put(parameter, key, full * keep.to(full.device, full.dtype).reshape(full.shape))
 
     def finish(self, trainer: Trainer) -> None:
         """Build an engine without optimizer: masters of a merged model would be all of it again."""

@@ -67,6 +67,15 @@ def make_state(
     link_all(zero)
 
 
+def moments_of(zero: Any) -> list[str]:
+    """Keys of the tensors an optimizer remembers; none before its first step."""
+    link_all(zero)
+    states = list(zero.optimizer.state.values())
+    flat = flats_of(zero)[0] if flats_of(zero) else None
+    found = states[0].items() if states and flat is not None else ()
+    return [k for k, v in found if torch.is_tensor(v) and v.numel() > 1]
+
+
 def complete(parameter: nn.Parameter, key: str) -> Tensor:
     """A master or moment, put together; collective on all ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
