@@ -2,9 +2,18 @@
 
 from plprune.callbacks.export import ExportHF
 from plprune.callbacks.lora import LoRARecovery
+from plprune.callbacks.masks import KeepMasks
 from plprune.callbacks.monitor import SizeMonitor
 from plprune.callbacks.prune import Prune
 from plprune.callbacks.report import PruneReport
 from plprune.callbacks.statistics import Statistics
 
-__all__ = ["ExportHF", "LoRARecovery", "Prune", "PruneReport", "SizeMonitor", "Statistics"]
+__all__ = [
+    "ExportHF",
+    "KeepMasks",
+    "LoRARecovery",
+    "Prune",
+    "PruneReport",
+    "SizeMonitor",
+    "Statistics",
+]

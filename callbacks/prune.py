@@ -11,13 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from plprune import cuts as planned
 from plprune.budget import Budget, require_objects
+from plprune.callbacks.masks import bring_along
 from plprune.callbacks.statistics import Statistics
 from plprune.compensate import Compensation
-from plprune.count import count_params
 from plprune.cuts import Cut
 from plprune.drivers.compensated import Compensated
 from plprune.drivers.progressive import Progressive
-from plprune.lit import carry, guard, lost, progress
+from plprune.lit import blockwise, carry, guard, lost, progress
 from plprune.lit.prune_settings import require_choices
 from plprune.lit.recipe import recipe_of, warn_changed
 from plprune.lit.recut import commit_masked, late_cut, require_cuttable, write_weights
@@ -25,6 +25,7 @@ from plprune.lit.strategies import adapter_for
 from plprune.lit.watch import Watch, require_observable
 from plprune.methods.base import Method
 from plprune.observe import StatMap
+from plprune.plan import Plan
 from plprune.schedule import Length, OneShot, Phase, Schedule
 from plprune.unwrap import find_model
 
@@ -90,6 +91,8 @@ class Prune(Callback):
             guard.refuse_conflicts(trainer)
             adapter_for(trainer.strategy).prepare(trainer)
             self.statistics.require_source(trainer)
+            if self.method.order == "blocks":
+                bring_along(trainer, self.attribute, self.statistics)
         guard.ensure_model(pl_module)
         self._start_over(pl_module)
         progressive = self._describe(pl_module)
@@ -107,8 +110,10 @@ class Prune(Callback):
         require_cuttable(trainer, reset=self.optimizer_state == "reset")
         for row in planned.table(self.plan_cuts(trainer, pl_module)):
             log.info("%-4s %-8s %s", *row)
-        masked = not all(self._commits(number + 1) for number in range(len(self.cuts)))
+        masked = not planned.commits_all(self.commit, len(self.cuts))
         guard.refuse_dora(pl_module, masked=masked, refitted=isinstance(self.method, Compensated))
+        if self.method.order == "blocks":
+            blockwise.require_no_adapters(self._describe(pl_module), len(self.cuts))
         self.statistics.require_before(self.cuts[0].step)
 
     def _start_over(self, pl_module: LightningModule) -> None:
@@ -209,37 +214,32 @@ class Prune(Callback):
         assert self.method is not None, "checked by the caller"
         started = time.perf_counter()
         number, before = progressive.done + 1, progressive.spec
-        plan = progressive.decide(self.method, cut.budget, self._statistics(trainer, progressive))
-        if plan.empty:
-            log.warning(
-                "cut %d changes nothing: the model already has the widths asked for", number
-            )
-        else:
-            progressive.mask(plan)
-            write_weights(trainer, progressive, plan)
+        plan = self._made(trainer, progressive, cut)
         record = progressive.record(plan, trainer.global_step, before)
-        if progressive.pending and self._commits(number):
+        if progressive.pending and planned.commits(self.commit, number, len(self.cuts)):
             self._commit(trainer, progressive)
         record["committed"] = not progressive.pending
         record["seconds"] = time.perf_counter() - started
-        dense = count_params(progressive.dense).non_embedding
-        log.info(
-            "cut %d of %d at step %d: %.1f %% of non-embedding parameters left, plan %s",
-            number, len(self.cuts), trainer.global_step,
-            100 * count_params(progressive.spec).non_embedding / dense, plan.hash,
-        )  # fmt: skip
+        log.info("%s", blockwise.said(progressive, record, len(self.cuts), self.method))
+
+    def _made(self, trainer: Trainer, progressive: Progressive, cut: Cut) -> Plan:
+        """Decide, mask units, write weights."""
+        assert self.method is not None, "checked by the caller"
+        number = progressive.done + 1
+        if self.method.order == "blocks":
+            share = self.statistics.share_for(trainer, number)
+            return blockwise.zeroed(trainer, progressive, self.method, cut.budget, share)
+        plan = progressive.decide(self.method, cut.budget, self._statistics(trainer, progressive))
+        if plan.empty:
+            log.warning("cut %d changes nothing: the widths asked for are there", number)
+        else:
+            progressive.mask(plan)
+            write_weights(trainer, progressive, plan)
+        return plan
 
     def _commit(self, trainer: Trainer, progressive: Progressive) -> None:
         reset = self.optimizer_state == "reset"
         commit_masked(trainer, progressive, self.statistics.probe, reset=reset)
-
-    def _commits(self, number: int) -> bool:
-        last = number == len(self.cuts)
-        return (
-            last
-            or self.commit == "every"
-            or (isinstance(self.commit, int) and number % self.commit == 0)
-        )
 
     def _statistics(self, trainer: Trainer, progressive: Progressive) -> tuple[StatMap, str]:
         assert self.method is not None, "checked by the caller"

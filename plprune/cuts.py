@@ -26,6 +26,22 @@ class Cut:
     """What is left after it."""
 
 
+def commits(every: str | int, number: int, total: int) -> bool:
+    """Whether a cut makes tensors smaller.
+
+    Args:
+        every: `every`, `last`, or N for every N-th; the last one always does.
+        number: of the cut, from 1.
+        total: number of cuts.
+    """
+    return number == total or every == "every" or (isinstance(every, int) and number % every == 0)
+
+
+def commits_all(every: str | int, total: int) -> bool:
+    """Whether every cut makes tensors smaller at once; see `commits`."""
+    return all(commits(every, number + 1, total) for number in range(total))
+
+
 def step_widths(dense: int, target: int, progress: Sequence[Fraction], unit: int = 1) -> list[int]:
     """Widths after each cut on the way from dense to target (TransAct's rule when progress is i/K).
 

@@ -18,11 +18,6 @@ from torch import Tensor
 from plprune.errors import PlanError
 
 Side = Literal["in", "out"]
-_READS = {
-    "q": "attention", "k": "attention", "v": "attention", "o": "heads",
-    "gate": "mlp", "up": "mlp", "down": "channels",
-}  # fmt: skip
-"""What linears of a role read, in the order of a block."""
 Entry = tuple[str, Side]
 """(module path, side): one end of one linear."""
 Lowered = Mapping[Entry, Tensor]
@@ -188,15 +183,6 @@ class Spec:
             The spec with its linears and axes.
         """
         return self.only([n for n, linear in self.linears.items() if linear.block == number])
-
-    def readers(self) -> tuple[tuple[str, ...], ...]:
-        """Linears that read the same activation, together, in the order they are run."""
-        found: dict[tuple[int, str], list[str]] = {}
-        for name, linear in self.linears.items():
-            found.setdefault((linear.block, _READS[linear.roles[0]]), []).append(name)
-        order = list(dict.fromkeys(_READS.values()))
-        keys = sorted(found, key=lambda key: (key[0], order.index(key[1])))
-        return tuple(tuple(found[key]) for key in keys)
 
     def kinds(self) -> tuple[str, ...]:
         """Axis kinds present, in order of appearance."""

@@ -16,18 +16,16 @@ from torch import Tensor, nn
 
 from plprune import dist
 from plprune.budget import Budget
-from plprune.compensate import Compensation
 from plprune.drivers.whole import calibration_hash, token_mask
 from plprune.methods.base import Method, View
 from plprune.observe import StatMap, check, observe, to_cpu, zeros
-from plprune.plan import Keep, Plan, Write
+from plprune.plan import Plan
 from plprune.sparse import drops
 from plprune.spec import Spec
-from plprune.stats.base import Stat, Tap
+from plprune.stats.base import Tap
 from plprune.streaming.blocks import Blocks, Held
 from plprune.streaming.calls import Batch, Call, Known, inputs_of, record
 from plprune.streaming.hidden import Hidden, InMemory
-from plprune.surgery.lower import lower
 from plprune.surgery.written import bias_of, weight_of
 
 
@@ -240,90 +238,3 @@ def budget_of(spec: Spec, due: Mapping[str, int]) -> Callable[[Sequence[str]], B
         return Budget(keep=1 - sum(due[name] for name in names) / total, base="prunable")
 
     return budget
-
-
-def observe_whole(
-    stream: Stream, taps: Sequence[Tap], start: int = 0
-) -> Iterator[tuple[int, StatMap]]:
-    """Statistics of the whole model, one block at a time.
-
-    Args:
-        stream: in front of block `start`; afterwards in front of the last one.
-        taps: anywhere in blocks.
-        start: first block to look at.
-
-    Yields:
-        Number of a block and its sums over all ranks, on the CPU.
-    """
-    source = stream.source
-    for number in range(start, len(source)):
-        names = source.spec.of_block(number).linears
-        own = [tap for tap in taps if tap.module in names]
-        with source.block(number) as block:
-            last = number + 1 == len(source)
-            yield number, stream.observe(number, block, own, forward=not last)
-
-
-def carry_out(
-    stream: Stream,
-    number: int,
-    block: nn.Module,
-    plan: Plan,
-    compensation: Compensation | None,
-) -> list[Plan]:
-    """Do what a plan for the whole model says of one block.
-
-    Units are taken away consumer by consumer: a later one is refitted on what earlier ones left.
-
-    Args:
-        stream: at this block; nothing is run without a compensation.
-        number: of the block.
-        block: with its weights; changed in place.
-        plan: made for the model as it was; `Keep` edits.
-        compensation: new weights for what reads from units that go.
-
-    Returns:
-        What was done; `stream.source.spec` is up to date.
-    """
-    source, done = stream.source, []
-    for consumer, edits in _by_consumer(source.spec, plan, number).items():
-        part = replace(plan, edits=tuple(edits))
-        if compensation is not None:
-            tap = Tap(module=consumer, stat=compensation.stat)
-            stats = stream.observe(number, block, (tap,))
-            part = refitted(source, part, consumer, compensation, stats[tap])
-        apply_part(source, part)
-        done.append(dist.agree(part))
-    return done
-
-
-def _by_consumer(spec: Spec, plan: Plan, number: int) -> dict[str, list[Keep]]:
-    """Edits of a block by the linear that reads the units, in the order of the block."""
-    found: dict[str, list[Keep]] = {}
-    for edit in plan.edits:
-        assert isinstance(edit, Keep), "methods of order whole keep units"
-        axis = spec.axes[edit.axis]
-        if axis.block == number:
-            piece = next(piece for piece in axis.slices if piece.side == "in")
-            found.setdefault(piece.module, []).append(edit)
-    return {name: found[name] for name in spec.consumers() if name in found}
-
-
-def refitted(
-    source: Blocks, plan: Plan, consumer: str, compensation: Compensation, seen: Stat
-) -> Plan:
-    """Add what a compensation writes into one consumer.
-
-    Args:
-        source: the model, with the consumer's weights.
-        plan: takes units away from it.
-        consumer: module path.
-        compensation: decides.
-        seen: of its inputs.
-    """
-    spec, module = source.spec, source.model.get_submodule(consumer)
-    lowered = lower(replace(plan, fingerprint=spec.fingerprint), spec)
-    bias = bias_of(module) if spec.linears[consumer].bias else None
-    weight, new_bias = compensation.solve(weight_of(module), bias, seen, lowered[consumer, "in"])
-    write = Write(module=consumer, weight=weight, bias=new_bias)
-    return replace(plan, edits=(*plan.edits, write))

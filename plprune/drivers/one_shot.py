@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from plprune import dist
 from plprune.budget import Budget
 from plprune.compensate import Compensation
-from plprune.drivers.blocks import (
-    Stream,
-    begin,
-    budget_of,
-    carry_out,
-    observe_whole,
-    prune_block,
-)
+from plprune.drivers.blocks import Stream, begin, budget_of, prune_block
+from plprune.drivers.carried import carry_out, observe_whole
 from plprune.drivers.whole import calibration_hash, empty_calibration
 from plprune.load_check import files_of
 from plprune.methods.base import Method, View

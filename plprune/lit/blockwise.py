@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
 from plprune.budget import Budget
+from plprune.count import count_params
 from plprune.drivers.blocks import begin, budget_of, prune_block
 from plprune.drivers.progressive import Progressive
 from plprune.drivers.whole import calibration_hash
 from plprune.errors import ConfigError
+from plprune.lit import progress
 from plprune.lit.calibration import Share
+from plprune.lit.kept_zeros import count_zeros, share_of_zeros
 from plprune.lit.progress import Progress
 from plprune.lit.strategies import adapter_for
+from plprune.lora import any_adapter
 from plprune.methods.base import Method
 from plprune.plan import Mask, Plan
-from plprune.sharded import whole
 from plprune.sparse import drops
 from plprune.streaming.blocks import Held
 from plprune.streaming.hidden import InMemory
 from plprune.surgery.apply import check_edits
-from plprune.surgery.linear_like import is_lora
 from plprune.surgery.written import new_values
-from plprune.unwrap import unwrap
 
 
 class Live(Held):
@@ -60,7 +62,6 @@ def zeroed(
     method: Method,
     budget: Budget,
     share: Share,
-    shown: Progress,
 ) -> Plan:
     """Prune the model of a running trainer; collective on all ranks.
 
@@ -70,7 +71,6 @@ def zeroed(
         method: of order `blocks`.
         budget: how much of the weights stays.
         share: this rank's calibration batches.
-        shown: progress by block.
 
     Returns:
         A plan without edits that stands for all that were carried out.
@@ -79,24 +79,10 @@ def zeroed(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     calibration = calibration_hash(share.batches)
+    shown = progress.shown(trainer, f"zeros by {method.label}", "blocks")
     try:
-        source = Live(trainer, model)
-        budgets = budget_of(source.spec, drops(source.spec, budget))
-        stream = begin(
-            source,
-            share.batches,
-            method.skip_first_tokens,
-            InMemory,
-            calibration,
-            idle=share.idle,
-        )
-        hashes = []
-        for number in range(len(source)):
-            with source.block(number) as block:
-                hashes += [p.hash for p in prune_block(stream, number, block, method, budgets)]
-                if number + 1 < len(source):
-                    stream.forward(number, block)
-            shown(number + 1, len(source))
+        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+            hashes = _blocks(Live(trainer, model), method, budget, share, calibration, shown)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -110,39 +96,83 @@ def zeroed(
     )
 
 
-def require_no_adapters(model: nn.Module) -> None:
-    """Refuse zeros under adapters, whose products would fill them.
+def _blocks(
+    source: Live,
+    method: Method,
+    budget: Budget,
+    share: Share,
+    calibration: str,
+    shown: Progress,
+) -> list[str]:
+    """Prune all blocks; hashes of what was done, in order."""
+    budgets, hashes = budget_of(source.spec, drops(source.spec, budget)), []
+    needs = bool(method.taps(source.spec))
+    batches, idle = (share.batches, share.idle) if needs else ((), ())
+    stream = begin(source, batches, method.skip_first_tokens, InMemory, calibration, idle)
+    for number in range(len(source)):
+        with source.block(number) as block:
+            hashes += [plan.hash for plan in prune_block(stream, number, block, method, budgets)]
+            if needs and number + 1 < len(source):
+                stream.forward(number, block)
+        shown(number + 1, len(source))
+    return hashes
+
+
+def said(
+    progressive: Progressive, record: dict[str, Any], total: int, method: Method | None
+) -> str:
+    """A cut in one line for the log; zeros are counted and noted in its record.
 
     Args:
-        model: plain or wrapped.
+        progressive: after it.
+        record: of it.
+        total: number of cuts of the run.
+        method: that made it.
+    """
+    if method is not None and method.order == "blocks":
+        record["zeros"] = count_zeros(progressive.model)
+    dense = count_params(progressive.dense).non_embedding
+    left = count_params(progressive.spec).non_embedding / dense
+    text = f"cut {record['cut']} of {total} at step {record['step']}: {100 * left:.1f} % of "
+    text += "non-embedding parameters left"
+    if "zeros" in record:
+        share = share_of_zeros(progressive.model, record["zeros"])
+        text += f", {100 * share:.3f} % of the linears' weights are zero"
+    return f"{text}, plan {record['plan']}"
+
+
+def require_possible(source: str) -> None:
+    """Refuse training passes as the calibration set of a method that goes block by block.
+
+    Args:
+        source: of statistics.
 
     Raises:
-        ConfigError: if there are LoRA adapters.
+        ConfigError: for `training`.
     """
-    if any(is_lora(module) for module in unwrap(model).modules()):
+    if source == "training":
         raise ConfigError(
-            "weights cannot be set to zero under LoRA adapters",
-            given="lora.start: fit",
-            allowed="adapters that start after the last cut",
-            fix="set lora.start: last_cut; the merge keeps every zero",
+            "a method that goes block by block cannot look at training passes",
+            given="prune.statistics.source: training",
+            allowed="fresh, fixed: it observes a block after those before it were pruned",
+            fix="leave prune.statistics out",
         )
 
 
-def count_zeros(model: nn.Module) -> dict[str, int]:
-    """Zeros of every linear in the blocks; collective for divided weights.
+def require_no_adapters(progressive: Progressive, cuts: int) -> None:
+    """Refuse zeros under adapters, whose products would fill them.
 
     Args:
-        model: plain or wrapped.
+        progressive: of the run, about to start.
+        cuts: number of cuts of the run.
 
-    Returns:
-        Zeros by module path.
+    Raises:
+        ConfigError: if there are LoRA adapters before the last cut.
     """
-    from plprune.describe import describe
-
-    plain: Any = unwrap(model)
-    found = {}
-    for name in describe(plain).linears:
-        module: Any = plain.get_submodule(name)
-        base = module.base_layer if is_lora(module) else module
-        found[name] = int((whole(base.weight) == 0).sum())
-    return found
+    if progressive.done < cuts and any_adapter(progressive.model):
+        raise ConfigError(
+            "weights cannot be set to zero under LoRA adapters",
+            given="adapters before the last cut",
+            allowed="adapters that start after it",
+            fix="set lora.start: last_cut; the merge keeps every zero",
+        )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plprune.budget import Budget
 from plprune.plan import Plan
+from plprune.readers import readers
 from plprune.spec import Spec
 from plprune.stats.base import Stat, Tap
 
@@ -49,7 +50,7 @@ class View:
         if exact is not None:
             assert isinstance(exact, stat), "taps name their class"
             return exact
-        together = next(names for names in self.spec.readers() if name in names)
+        together = next(names for names in readers(self.spec) if name in names)
         taps = (Tap(module=one, stat=stat) for one in together)
         found = next(self.stats[tap] for tap in taps if tap in self.stats)
         assert isinstance(found, stat), "taps name their class"

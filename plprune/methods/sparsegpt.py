@@ -26,6 +26,7 @@ from plprune.errors import ConfigError
 from plprune.methods.base import View
 from plprune.obs import Choose, Groups, Share, inverse_factor, sweep
 from plprune.plan import Edit, Mask, Plan, Write
+from plprune.readers import readers
 from plprune.sparse import SparseMethod, drops
 from plprune.spec import Linear, Spec
 from plprune.stats.base import Tap
@@ -65,18 +66,18 @@ class SparseGPT(SparseMethod):
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """A Gram matrix once for linears that read the same activation."""
-        return tuple(Tap(module=names[0], stat=Gram) for names in spec.readers())
+        return tuple(Tap(module=names[0], stat=Gram) for names in readers(spec))
 
     def stages(self, spec: Spec) -> tuple[tuple[str, ...], ...]:
         """All at once, or reader by reader."""
-        return spec.readers() if self.true_sequential else super().stages(spec)
+        return readers(spec) if self.true_sequential else super().stages(spec)
 
     def plan(self, view: View, budget: Budget) -> Plan:
         """Settle every linear of the part in view; linears that read the same share a factor."""
         return self.planned(view, budget, tuple(self._edits(view, drops(view.spec, budget))))
 
     def _edits(self, view: View, due: dict[str, int]) -> Iterator[Edit]:
-        for names in view.spec.readers():
+        for names in readers(view.spec):
             gram = view.seen(names[0], Gram)
             upper_CC, _ = inverse_factor(gram.xx_CC, self.damping)
             silent_C = gram.xx_CC.diagonal() == 0

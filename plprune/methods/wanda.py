@@ -26,6 +26,7 @@ from torch import Tensor
 
 from plprune.errors import ConfigError
 from plprune.methods.base import View
+from plprune.readers import readers
 from plprune.select import lowest_of_all
 from plprune.sparse import ScoredSparse
 from plprune.spec import Linear, Spec
@@ -57,11 +58,11 @@ class Wanda(ScoredSparse):
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """Energy once for linears that read the same activation."""
-        return tuple(Tap(module=names[0], stat=Energy) for names in spec.readers())
+        return tuple(Tap(module=names[0], stat=Energy) for names in readers(spec))
 
     def stages(self, spec: Spec) -> tuple[tuple[str, ...], ...]:
         """All at once, or reader by reader."""
-        return spec.readers() if self.true_sequential else super().stages(spec)
+        return readers(spec) if self.true_sequential else super().stages(spec)
 
     def score(self, view: View, name: str) -> Tensor:
         """|W| times the root of the mean square of its inputs."""

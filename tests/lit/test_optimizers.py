@@ -14,7 +14,7 @@ import tiny
 from fitting import User, Validated, fit, gap, hashes, prune
 from plprune.errors import PlanError
 from plprune.lit.model import LearningRate, LitCausalLM
-from plprune.lit.strategies.base import assert_consistent, rebuild_optimizers
+from plprune.lit.strategies.optimizers import assert_consistent, rebuild_optimizers
 from plprune.schedule import Length, TransActRamp, learning_rate
 from plprune.surgery.state import Swap
 

@@ -49,6 +49,8 @@ from plprune.unwrap import unwrap
 class ZeROAdapter(Adapter):
     """Stages 1, 2 and 3."""
 
+    gradients_in_module = False
+
     def optimizers(self, trainer: Trainer) -> list[torch.optim.Optimizer]:
         """The torch optimizer inside ZeRO's; its tensors are flat parts of many parameters."""
         return [zero.optimizer for zero in cast("list[Any]", trainer.strategy.optimizers)]
