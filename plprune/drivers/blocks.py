@@ -64,14 +64,16 @@ class Stream:
         if not (taps or forward):
             return {}
         model = self.source.model
-        last = contextlib.nullcontext(set[str]()) if forward else _until_all(model, taps)
+        whole = forward or not self.source.stoppable
+        last = contextlib.nullcontext(set[str]()) if whole else _until_all(model, taps)
         with torch.no_grad(), observe(model, taps) as seen, last as ended:
             for batch in range(len(self.hidden)):
                 seen.token_mask = self.masks[batch]
                 ended.clear()
                 with contextlib.suppress(_SeenAll):
                     out = self.calls[batch][number].run(block, self.hidden[batch])
-                    self.hidden.put(batch, out)
+                    if forward:
+                        self.hidden.put(batch, out)
         if forward:
             self.hidden.advance(number + 1)
         stats = dist.reduce({**zeros(model, taps), **seen.stats})

@@ -22,6 +22,7 @@ from plprune.lit.strategies import adapter_for
 from plprune.lora import any_adapter
 from plprune.methods.base import Method
 from plprune.plan import Mask, Plan
+from plprune.sharded import any_sharded
 from plprune.sparse import drops
 from plprune.streaming.blocks import Held
 from plprune.streaming.hidden import InMemory
@@ -41,11 +42,14 @@ class Live(Held):
         """
         super().__init__(model)
         self._trainer, self._adapter = trainer, adapter_for(trainer.strategy)
+        # Who gathers weights for a pass frees them when it comes to its end.
+        self.stoppable = not any_sharded(model.parameters())
         self._adapter.rest(trainer)
 
     def change(self, plan: Plan) -> None:
         """Write weights, masters and moments; `Mask` and `Write` edits."""
         check_edits(plan, self.spec)
+        self._adapter.rest(self._trainer)
         masked = {edit.module: edit.keep for edit in plan.edits if isinstance(edit, Mask)}
         owners = {f"{name}.weight": keep for name, keep in masked.items()}
         names = {p: name for name, p in self.model.named_parameters()}

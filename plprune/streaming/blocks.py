@@ -27,6 +27,9 @@ Keeper = Callable[[int, Mapping[str, Tensor]], Mapping[str, Stored]]
 class Blocks(ABC):
     """A model of which one block at a time must have its weights."""
 
+    stoppable = True
+    """Whether the forward pass of a block may end in the middle."""
+
     def __init__(self, model: nn.Module) -> None:
         """Describe it.
 

@@ -143,6 +143,7 @@ def test_adapters_before_the_last_cut_are_refused() -> None:
         fitting.fit(fitting.User(), [sparse(), LoRARecovery({"r": 2})])
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def run(*callbacks: Any, **more: Any) -> fitting.User:
         module = fitting.User()
