@@ -15,6 +15,7 @@ from plprune.describe import describe
 from plprune.dist import together
 from plprune.errors import CheckpointError, ConfigError
 from plprune.lit import carry, guard, outputs
+from plprune.lit.kept_zeros import count_zeros, share_of_zeros
 from plprune.lit.strategies import adapter_for
 from plprune.lora import Injected, inject, merge
 from plprune.lora_config import (
@@ -28,6 +29,9 @@ from plprune.sharded import any_sharded
 from plprune.unwrap import find_model, unwrap
 
 log = logging.getLogger(__name__)
+
+_SPARSE = 0.01
+"""Share of zeros from which on a model was pruned to them; trained weights are hardly ever zero."""
 
 
 @final
@@ -43,6 +47,7 @@ class LoRARecovery(Callback):
         adapter_dir: str | None = None,
         overwrite: bool = False,
         attribute: str | None = None,
+        keep_zeros: bool | None = None,
     ) -> None:
         """Set up; adapters are injected in `setup` or after the last cut.
 
@@ -56,6 +61,8 @@ class LoRARecovery(Callback):
                 structure.
             overwrite: replace an existing `adapter_dir`.
             attribute: where the language model hangs in the module; default the only one in it.
+            keep_zeros: leave zeros of the weights at zero, in training and when adapters are
+                merged; default if more than 1 % of the linears' weights are.
 
         Raises:
             ConfigError: for an unknown start, or settings that are no mapping.
@@ -72,6 +79,7 @@ class LoRARecovery(Callback):
         self.config, self.start, self.merge_at_end = dict(config or {}), start, merge
         self.adapter_dir = None if adapter_dir is None else Path(adapter_dir)
         self.overwrite, self.attribute = overwrite, attribute
+        self.keep_zeros = keep_zeros
         self.injected: Injected | None = None
 
     @property
@@ -130,14 +138,17 @@ class LoRARecovery(Callback):
             self._inject(pl_module)
             adapter_for(trainer.strategy).assert_consistent(trainer)
 
-    def _inject(self, pl_module: LightningModule) -> None:
+    def _inject(self, pl_module: LightningModule, zeros: bool | None = None) -> None:
         if self.injected is None:
             trainer = pl_module.trainer
             # Before that a model with whole weights is a plain model still.
             wrapped = bool(trainer.strategy.optimizers) or any_sharded(pl_module.parameters())
             if wrapped:
                 adapter_for(trainer.strategy).rest(trainer)
-            self.injected = inject(find_model(pl_module, self.attribute), self.config)
+            model = find_model(pl_module, self.attribute)
+            self.injected = inject(
+                model, self.config, zeros=self._zeros(model) if zeros is None else zeros
+            )
             for parameter in pl_module.parameters():
                 if not parameter.requires_grad:
                     parameter.grad = None  # no optimizer would free it any more
@@ -145,6 +156,21 @@ class LoRARecovery(Callback):
                 adapter_for(trainer.strategy).refit(trainer)
             trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             log.info("LoRA: %d trainable parameters", trainable)
+
+    def _zeros(self, model: Any) -> bool:
+        """Whether zeros stay."""
+        share = share_of_zeros(model, count_zeros(model))
+        keep = share > _SPARSE if self.keep_zeros is None else self.keep_zeros
+        if keep and not self.merge_at_end:
+            raise ConfigError(
+                "adapters beside their base fill its zeros",
+                given=f"lora.merge: false, and {100 * share:.1f} % zeros in the linears",
+                allowed="lora.merge: true, which leaves zeros at zero",
+                fix="set lora.merge: true, or lora.keep_zeros: false",
+            )
+        if keep:
+            log.info("LoRA: %.3f %% of the linears' weights are zero and stay it", 100 * share)
+        return keep
 
     def _pruner(self, trainer: Trainer) -> Any:
         earlier = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
@@ -187,11 +213,13 @@ class LoRARecovery(Callback):
 
     def _save(self) -> dict[str, Any]:
         config = None if self.injected is None else plain_config(self.injected.config)
-        return {"injected": self.injected is not None, "config": config}
+        zeros = self.injected is not None and self.injected.zeros
+        return {"injected": self.injected is not None, "config": config, "zeros": zeros}
 
     def _load(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         if state is not None and state["injected"]:
-            self._inject(pl_module)
+            # The weights, and their zeros, are loaded after this.
+            self._inject(pl_module, state.get("zeros", False))
             assert self.injected is not None, "just injected"
             require_same_adapters(plain_config(self.injected.config), state.get("config"))
         elif self.injected is not None:

@@ -53,7 +53,8 @@ class KeepMasks(Callback):
                 fix="leave KeepMasks out, or load the output of `plprune prune`",
             )
         share = share_of_zeros(self._kept.model, self._kept.counts)
-        log.info("keeping %d zeros, %.3f %% of the linears in the blocks", found, 100 * share)
+        if found:
+            log.info("keeping %d zeros, %.3f %% of the linears in the blocks", found, 100 * share)
         self._due, self._at = True, _position(trainer)
 
     def on_before_optimizer_step(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from plprune.errors import ConfigError, ExportError, first_line
 from plprune.lora_config import require_pairs, require_whole, target_modules
+from plprune.lora_zeros import keep_zeros, merge_layer, require_keepable
 from plprune.sharded import full_shape, is_sharded, whole, write
 from plprune.surgery.linear_like import is_adapter_parameter, is_lora
 from plprune.unwrap import unwrap
@@ -36,15 +37,18 @@ class Injected:
     """Arguments of `peft.LoraConfig`, with our defaults."""
     trained: frozenset[str]
     """Names of the parameters that were trainable before."""
+    zeros: bool = False
+    """Whether zeros of the weights stay."""
 
 
-def inject(model: nn.Module, config: Mapping[str, Any]) -> Injected:
+def inject(model: nn.Module, config: Mapping[str, Any], *, zeros: bool = False) -> Injected:
     """Put LoRA adapters on a model in place and freeze everything else.
 
     Args:
         model: plain Hugging Face model.
         config: arguments of `peft.LoraConfig`; `target_modules` defaults to all linears of the
             blocks.
+        zeros: leave zeros of the weights at zero; see `lora_zeros`.
 
     Returns:
         The adapters.
@@ -68,6 +72,8 @@ def inject(model: nn.Module, config: Mapping[str, Any]) -> Injected:
     settings = {"target_modules": target_modules(plain), "r": 16, "lora_alpha": 32, **config}
     require_pairs(settings)
     require_whole(plain, settings)
+    if zeros:
+        require_keepable(settings)
     try:
         lora = LoraConfig(**settings)
         with _complete_shapes(plain):
@@ -79,7 +85,9 @@ def inject(model: nn.Module, config: Mapping[str, Any]) -> Injected:
             allowed="arguments of their types, for what is installed",
             fix="see peft.LoraConfig",
         ) from error
-    return Injected(model=plain, tuner=tuner, config=settings, trained=trained)
+    if zeros:
+        keep_zeros(plain)
+    return Injected(model=plain, tuner=tuner, config=settings, trained=trained, zeros=zeros)
 
 
 @contextlib.contextmanager
@@ -119,7 +127,7 @@ def merge(injected: Injected) -> None:
             raise _not_finite(name)
     for _, module in layers:
         with _complete(module):
-            cast(Any, module).merge()
+            merge_layer(module)
     injected.tuner.unload()
     for name, parameter in injected.model.named_parameters():
         parameter.requires_grad_(name in injected.trained)
@@ -146,7 +154,7 @@ def merged(layer: nn.Module, read: Callable[[str], Tensor]) -> nn.Module:
             raise _not_finite(name)
         filled = nn.Parameter(tensor, requires_grad=False)
         real.get_submodule(owner)._parameters[leaf] = filled
-    real.merge()
+    merge_layer(real)
     return cast(nn.Module, real.get_base_layer())
 
 

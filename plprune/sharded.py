@@ -23,6 +23,11 @@ def _is_zero(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_tensor")
 
 
+def is_gathered_late(tensor: Tensor) -> bool:
+    """True if a part is put together only for the module that owns it (ZeRO-3)."""
+    return _is_zero(tensor)
+
+
 def full_shape(tensor: Tensor) -> torch.Size:
     """Shape of the complete tensor; that of a ZeRO-3 parameter itself is empty."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))

@@ -71,7 +71,8 @@ def restore(saved: SavedState, base: str, settings: Mapping[str, Any] | None = N
     model: Any = skeleton(config, dtype=dtype, trust_remote_code=remote)
     lora = _lora(shapes, settings, (saved.parts.get("lora") or {}).get("config"))
     state = saved.parts.get("prune") or {}
-    progressive, injected = _cut_and_adapt(model, state, lora)
+    zeros = bool((saved.parts.get("lora") or {}).get("zeros"))
+    progressive, injected = _cut_and_adapt(model, state, lora, zeros=zeros)
     _require_fit(model, shapes, pruned="committed" in state)
     layers = {name: deepcopy(m) for name, m in model.named_modules() if is_lora(m)}
     if injected is not None:
@@ -128,13 +129,14 @@ def language_model(names: Iterable[str], empty: nn.Module) -> str:
 
 
 def _cut_and_adapt(
-    model: nn.Module, state: Mapping[str, Any], lora: Mapping[str, Any] | None
+    model: nn.Module, state: Mapping[str, Any], lora: Mapping[str, Any] | None, *, zeros: bool
 ) -> tuple[Progressive, Any]:
     progressive = Progressive(model)
     if "committed" in state:
         progressive.restore(state)
     # Factors are read later: a start that looks at weights has none to look at.
-    return progressive, None if lora is None else inject(model, {**lora, "init_lora_weights": True})
+    plain = {**(lora or {}), "init_lora_weights": True}
+    return progressive, None if lora is None else inject(model, plain, zeros=zeros)
 
 
 def _lora(

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 
 import fitting
 import tiny
@@ -13,6 +15,7 @@ from plprune.budget import Budget
 from plprune.callbacks import KeepMasks, LoRARecovery, Prune, Statistics
 from plprune.drivers.blocks import prune_model
 from plprune.errors import ConfigError, PlanError
+from plprune.lit.cli import main
 from plprune.lit.kept_zeros import count_zeros
 from plprune.methods.magnitude import Magnitude
 from plprune.methods.sparsegpt import SparseGPT
@@ -161,3 +164,63 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
             )
         )
         assert shares(again) == {0.5}
+
+
+def test_adapters_train_around_zeros_and_are_merged_as_they_were_trained() -> None:
+    module = fitting.User()
+    pruner = sparse()
+    seen = fitting.Probe(lambda trainer, m: m.net.eval()(tiny.tokens()).logits.detach())
+    fitting.fit(module, [pruner, LoRARecovery({"r": 2}, start="last_cut"), seen])
+    assert shares(module) == {0.5}
+    merged = module.net.eval()(tiny.tokens()).logits
+    torch.testing.assert_close(merged, seen.seen[-1], rtol=1e-9, atol=1e-9)
+
+
+def test_adapters_on_a_pruned_model_keep_its_zeros_without_being_told() -> None:
+    module = pruned()
+    fitting.fit(module, [LoRARecovery({"r": 2})])
+    assert shares(module) == {0.5}
+    filled = pruned()
+    fitting.fit(filled, [LoRARecovery({"r": 2}, keep_zeros=False)])
+    assert shares(filled) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"config": {"lora_dropout": 0.1}}, "lora.config.lora_dropout: 0.1, and a model"),
+        ({"config": {"use_dora": True}}, "lora.config.use_dora: True, and a model"),
+        ({"merge": False}, r"lora.merge: false, and 50.0 % zeros in the linears"),
+    ],
+)
+def test_adapters_that_would_fill_zeros_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fitting.fit(pruned(), [LoRARecovery(**settings)])
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_run_and_an_exported_checkpoint_keep_zeros_under_adapters(
+    tmp_path: Path,
+) -> None:
+    base = fitting.saved(tmp_path / "base")
+    values = fitting.run_values(base, tmp_path, steps=7, last_cut=4)
+    values["prune"]["method"] = {"class_path": "plprune.methods.wanda.Wanda"}
+    values["prune"]["budget"] = {"keep": 0.5, "base": "prunable"}
+    values["lora"] = {"start": "last_cut", "config": {"r": 2}}
+    values["export"] = {"directory": str(tmp_path / "model")}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert main(["fit", "--config", str(file)]) == 0
+    whole = load_file(tmp_path / "model" / "model.safetensors")
+    ckpt, again = tmp_path / "ckpt" / "step=5.ckpt", str(tmp_path / "again")
+    command = ["fit", "--config", str(file), "--export.directory", again]
+    assert main([*command, "--ckpt_path", str(ckpt)]) == 0
+    resumed = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    out = str(tmp_path / "out")
+    assert main(["export", "--ckpt_path", str(ckpt), "--out", out]) == 0
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for tensors in (whole, exported):
+        linears = [tensor for name, tensor in tensors.items() if "proj" in name]
+        assert sum(int((t == 0).sum()) for t in linears) * 2 == sum(t.numel() for t in linears)
+    assert any(not torch.equal(whole[name], exported[name]) for name in whole)
