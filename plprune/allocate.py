@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from plprune.budget import Budget
 from plprune.count import price
@@ -82,7 +82,9 @@ def fixed_widths(spec: Spec, budget: Budget) -> Widths:
     return result
 
 
-def uniform(spec: Spec, budget: Budget, kinds: tuple[str, ...]) -> Widths:
+def uniform(
+    spec: Spec, budget: Budget, kinds: tuple[str, ...], spare: Collection[int] = ()
+) -> Widths:
     """Equal widths in every block that meet a budget.
 
     Attention and MLP lose the same share (TransAct's neutral split); attention widths are rounded
@@ -93,6 +95,7 @@ def uniform(spec: Spec, budget: Budget, kinds: tuple[str, ...]) -> Widths:
         spec: a model whose blocks are all alike.
         budget: `keep` with quantity and base, `widths` that are fixed, `multiple_of`.
         kinds: axis kinds to solve for, attention kinds first.
+        spare: numbers of blocks that keep all units of those kinds.
 
     Returns:
         Widths by kind.
@@ -113,46 +116,63 @@ def uniform(spec: Spec, budget: Budget, kinds: tuple[str, ...]) -> Widths:
                 fix=f"state budget.widths.{kind} block by block",
             )
     target = budget.keep * price(spec, budget)
-    share = _equal_share(spec, budget, widths, free, target)
+    share = _equal_share(spec, budget, widths, free, target, spare)
     *rounded_up, last = free
     chosen = {
         k: _round_up(share, units_per_group(spec, k)[0], budget.multiple_of.get(k, 1))
         for k in rounded_up
     }
     while True:
-        trial = {**widths, **{kind: [width] * len(spec.blocks) for kind, width in chosen.items()}}
-        width = _largest(spec, budget, trial, last, target)
+        trial = {**widths, **{k: _spread(spec, k, width, spare) for k, width in chosen.items()}}
+        width = _largest(spec, budget, trial, last, target, spare)
         if width is not None:
-            return {**trial, last: [width] * len(spec.blocks)}
+            return {**trial, last: _spread(spec, last, width, spare)}
         # The last kind alone cannot make up for rounding up: give back one multiple of attention.
         below = {k: _next_below(width, budget.multiple_of.get(k, 1)) for k, width in chosen.items()}
         shrinkable = [kind for kind, width in below.items() if width > 0]
         if not shrinkable:
-            raise _impossible(spec, budget, trial, last)
+            raise _impossible(spec, budget, trial, last, spare)
         chosen[shrinkable[0]] = below[shrinkable[0]]
 
 
 def _equal_share(
-    spec: Spec, budget: Budget, widths: Widths, free: list[str], target: float
+    spec: Spec,
+    budget: Budget,
+    widths: Widths,
+    free: list[str],
+    target: float,
+    spare: Collection[int],
 ) -> float:
     """The share of units, equal for all free kinds, whose price is the target."""
     low, high = 0.0, 1.0
     fixed = sizes_of(spec, widths)
     for _ in range(60):
         middle = (low + high) / 2
-        soft = {axis.name: middle * axis.size for kind in free for axis in spec.of_kind(kind)}
+        soft = {
+            axis.name: axis.size * (1 if axis.block in spare else middle)
+            for kind in free
+            for axis in spec.of_kind(kind)
+        }
         low, high = (
             (middle, high) if price(spec, budget, {**fixed, **soft}) <= target else (low, middle)
         )
     return low
 
 
-def _largest(spec: Spec, budget: Budget, widths: Widths, kind: str, target: float) -> int | None:
+def _spread(spec: Spec, kind: str, width: int, spare: Collection[int]) -> list[int]:
+    """A width in every block but those that keep all they have."""
+    have = enumerate(units_per_group(spec, kind))
+    return [dense if block in spare else width for block, dense in have]
+
+
+def _largest(
+    spec: Spec, budget: Budget, widths: Widths, kind: str, target: float, spare: Collection[int]
+) -> int | None:
     """Largest width of a kind, on its multiple, whose price stays within the target."""
     multiple, most = budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0]
 
     def fits(width: int) -> bool:
-        sizes = sizes_of(spec, {**widths, kind: [width] * len(spec.blocks)})
+        sizes = sizes_of(spec, {**widths, kind: _spread(spec, kind, width, spare)})
         return bool(price(spec, budget, sizes) <= target * (1 + 1e-12))
 
     # The full width is always allowed, also where it is no multiple.
@@ -191,12 +211,11 @@ def _require_within(spec: Spec, budget: Budget, widths: Widths) -> None:
         )
 
 
-def _impossible(spec: Spec, budget: Budget, widths: Widths, kind: str) -> BudgetError:
-    least = {
-        **widths,
-        kind: [min(budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0])]
-        * len(spec.blocks),
-    }
+def _impossible(
+    spec: Spec, budget: Budget, widths: Widths, kind: str, spare: Collection[int]
+) -> BudgetError:
+    fewest = min(budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0])
+    least = {**widths, kind: _spread(spec, kind, fewest, spare)}
     floor = price(spec, budget, sizes_of(spec, least)) / price(spec, budget)
     return BudgetError(
         "no widths meet the budget",

@@ -88,11 +88,38 @@ class Allocation(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Allocation):
-    """The same width in every block."""
+    """The same width in every block, or in every one that is not spared."""
+
+    spare: tuple[int, int] = (0, 0)
+    """Blocks at the start and at the end that are not cut."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: unless they are two counts.
+        """
+        if len(self.spare) != 2 or min(self.spare) < 0:
+            raise ConfigError(
+                "allocation.spare out of range",
+                given=str(self.spare),
+                allowed="two numbers of blocks, such as [3, 1]",
+            )
 
     def widths(self, spec: Spec, budget: Budget, kinds: tuple[str, ...]) -> dict[str, list[int]]:
         """From the budget alone."""
-        return fixed_widths(spec, budget) if budget.keep is None else uniform(spec, budget, kinds)
+        if budget.keep is None:
+            return fixed_widths(spec, budget)
+        first, last = self.spare
+        total = len(spec.blocks)
+        if first + last >= total:
+            raise ConfigError(
+                "allocation.spare leaves no block",
+                given=f"{list(self.spare)} of {total} blocks",
+                allowed=f"fewer than {total} in all",
+            )
+        spared = {*range(first), *range(total - last, total)}
+        return uniform(spec, budget, kinds, spared)
 
     def sizes(
         self, view: View, budget: Budget, scores: Mapping[str, Tensor], kinds: tuple[str, ...]

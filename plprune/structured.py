@@ -3,8 +3,6 @@
 Legend: U units of an axis.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -22,7 +22,9 @@ from plprune.observe import StatMap
 from plprune.plan import Keep, Plan
 from plprune.sparse import SparseMethod, drops
 from plprune.spec import Spec
+from plprune.stats.base import Tap
 from plprune.stream import Stored
+from plprune.streaming.backward import slopes
 from plprune.streaming.blocks import FromFiles
 from plprune.streaming.calls import Batch
 from plprune.streaming.hidden import Hidden, InMemory, OnDisk
@@ -216,7 +218,22 @@ class _Run:
         return plan
 
     def _observed(self) -> StatMap:
-        taps = self.job.method.taps(self.source.spec)
+        every = self.job.method.taps(self.source.spec)
+        taps = [tap for tap in every if not tap.stat.backward]
+        return {**self._forward(taps), **self._back([tap for tap in every if tap not in taps])}
+
+    def _back(self, taps: Sequence[Tap]) -> StatMap:
+        """Gradients; a run that is killed meanwhile begins them again."""
+        if not taps:
+            return {}
+        folder = None
+        if self.job.hidden_on_disk:
+            folder = self.work.folder / f"entered-{dist.rank()}-of-{dist.world_size()}"
+            folder.mkdir(exist_ok=True)
+        shown = self.job.shown("gradients, forward and back")
+        return slopes(self.source, self.job.batches, taps, folder=folder, progress=shown)
+
+    def _forward(self, taps: Sequence[Tap]) -> StatMap:
         if not taps:
             return {}
         known = [self.work.stats(number) for number in range(len(self.source))]

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from plprune import dist
 from plprune.budget import Budget
-from plprune.errors import DataError
+from plprune.errors import ConfigError, DataError
 from plprune.methods.base import Method, View
 from plprune.observe import Observation, StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Plan
+from plprune.sharded import any_sharded
 from plprune.spec import Spec
+from plprune.stats.base import Tap
+from plprune.streaming.backward import slopes
+from plprune.streaming.blocks import Held
 from plprune.surgery.written import bias_of, weight_of
 from plprune.unwrap import unwrap
 
@@ -52,7 +56,8 @@ def calibrate(
         DataError: if there is no batch; of several ranks some may have none.
         PlanError: if a statistic is not finite or saw no token.
     """
-    taps = method.taps(spec)
+    taps = [tap for tap in method.taps(spec) if not tap.stat.backward]
+    back = [tap for tap in method.taps(spec) if tap.stat.backward]
     if not batches and dist.world_size() == 1:
         raise empty_calibration()
     plain, modes = unwrap(model), {module: module.training for module in model.modules()}
@@ -77,7 +82,45 @@ def calibrate(
     # A rank without batches joins the sum with zeros.
     stats = dist.reduce({**zeros(model, taps), **seen.stats})
     check(stats, taps)
-    return to_cpu(stats), calibration_hash(batches)
+    found = to_cpu(stats)
+    if back:
+        found |= gradients(model, spec, back, batches)
+    return found, calibration_hash(batches)
+
+
+def gradients(
+    model: nn.Module, spec: Spec, taps: Sequence[Tap], batches: Sequence[Batch]
+) -> StatMap:
+    """Statistics of a backward pass, one block at a time.
+
+    Args:
+        model: plain or wrapped, with its weights; its training mode is put back.
+        spec: its spec.
+        taps: of gradients.
+        batches: of this rank.
+
+    Returns:
+        Sums over all ranks, on the CPU.
+
+    Raises:
+        ConfigError: if the weights are divided: strategies gather them for passes of their own.
+    """
+    if any_sharded(model.parameters()):
+        raise ConfigError(
+            "gradients of single blocks need complete weights",
+            given="a strategy that divides the weights",
+            allowed="strategy: auto, ddp, zero1 or zero2",
+            fix="use one of those, or prune the folder first: plprune prune",
+        )
+    modes = {module: module.training for module in model.modules()}
+    try:
+        source = Held(model.eval())
+        source.spec = spec
+        with torch.compiler.set_stance("force_eager"):
+            return slopes(source, batches, taps)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _pass(plain: nn.Module, batch: Batch, seen: Observation, skip_first: int) -> None:

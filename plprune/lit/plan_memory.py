@@ -101,6 +101,8 @@ def memory_of(
     try:
         setup = _setup(run)
         taps = () if run.pruner is None else run.pruner.method.taps(spec)
+        if any(tap.stat.backward for tap in taps):
+            notes.append("the backward pass of the calibration set is not in the estimate")
         phases = estimate(stages, setup, statistics_bytes(spec, taps))
     except PlpruneError:
         raise

@@ -3,7 +3,8 @@
 Legend: R rows, C columns.
 """
 
-from __future__ import annotations
+# Annotations are objects here: a command line reads those of fields in modules that cannot see the
+# names of this one.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

@@ -38,6 +38,7 @@ class SparseGPT(SparseMethod):
     """See the module; for N:M set `pattern`."""
 
     patterns: ClassVar[tuple[str, ...]] = ("stripe",)
+    """Patterns without groups it knows."""
     pattern: str = "stripe"
     """An equal share of every `stripe` of columns, over all its rows, or N:M."""
     damping: float = 0.01

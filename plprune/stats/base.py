@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from typing_extensions import Self
 class Stat(ABC):
     """Sums over tokens: all fields are float64 tensors that add."""
 
+    backward: ClassVar[bool] = False
+    """Whether it is made of gradients instead of activations."""
     n: Tensor
     """[] float64, tokens."""
 

@@ -17,7 +17,7 @@ from plprune.spec import Entry, Lowered, Spec
 from plprune.surgery.linear_like import base_of, is_conv1d, is_lora, refresh_sizes
 from plprune.surgery.lower import lower
 from plprune.surgery.state import CutTable, Swap, cut, cut_table
-from plprune.surgery.written import new_values
+from plprune.surgery.written import new_values, require_writable
 from plprune.unwrap import family_of, unwrap
 
 
@@ -52,6 +52,7 @@ def apply(model: nn.Module, plan: Plan, spec: Spec) -> Applied:
     plain = unwrap(model)
     spec = check_edits(plan, spec)
     _check_shared(plain, cut_table(plain, kept_entries(spec, lowered)))
+    require_writable(plain, plan)
     _write(plain, plan)
     return commit(plain, spec, lowered)
 

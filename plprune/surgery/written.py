@@ -25,19 +25,22 @@ def weight_of(module: nn.Module) -> Tensor:
 
     Returns:
         [R, C], detached; of a plain linear the weight itself.
-
-    Raises:
-        PlanError: under DoRA, whose scale is a norm over all columns.
     """
     base = base_of(module)
     stored = whole(cast(Tensor, base.weight)).detach()
     weight_RC = stored.T if is_conv1d(base) else stored
-    delta = _adapters(module)
-    if delta is None:
+    total = exact_RC = weight_RC.double() if _adapted(module) else weight_RC
+    for name, delta in _deltas(module):
+        magnitudes = getattr(module, "lora_magnitude_vector", {})
+        if name in magnitudes:  # DoRA gives every row of the sum a norm of its own
+            norm_R = whole(magnitudes[name].weight).detach().double().flatten()
+            scale_R = norm_R / (exact_RC + delta).norm(dim=1)
+            delta = scale_R[:, None] * (exact_RC + delta) - exact_RC
+        total = total + delta
+    if total is exact_RC:
         return weight_RC
     # Rounded to bfloat16 the sum would lose what the adapters learnt.
-    exact = torch.promote_types(weight_RC.dtype, torch.float32)
-    return (weight_RC.double() + delta).to(exact)
+    return total.to(torch.promote_types(weight_RC.dtype, torch.float32))
 
 
 def bias_of(module: nn.Module) -> Tensor:
@@ -83,6 +86,21 @@ def _base_values(module: nn.Module, edit: Write | None) -> Tensor:
     return edit.weight if delta is None else edit.weight.to(delta.device).double() - delta
 
 
+def require_writable(model: nn.Module, plan: Plan) -> None:
+    """Refuse new weights under DoRA, before anything is changed.
+
+    Args:
+        model: plain Hugging Face model.
+        plan: any.
+
+    Raises:
+        PlanError: naming the setting.
+    """
+    for edit in plan.edits:
+        if isinstance(edit, Write) and edit.weight is not None:
+            _adapters(model.get_submodule(edit.module))
+
+
 def dora_refitted() -> PlanError:
     """What to say of refits under DoRA, whose scale is a norm over all columns."""
     return PlanError(
@@ -95,16 +113,25 @@ def dora_refitted() -> PlanError:
 
 def _adapters(module: nn.Module) -> Tensor | None:
     """[R, C] float64 that active adapters add to the base weight; None if there are none."""
-    layer: Any = module
-    if not is_lora(module) or layer.merged or layer.disable_adapters:
-        return None
     total: Tensor | None = None
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        if name in getattr(layer, "lora_magnitude_vector", {}):
+    for name, delta in _deltas(module):
+        if name in getattr(module, "lora_magnitude_vector", {}):
             raise dora_refitted()
-        up, down = (whole(getattr(layer, f"lora_{x}")[name].weight).detach() for x in "BA")
-        delta = layer.scaling[name] * (up.double() @ down.double())
         total = delta if total is None else total + delta
     return total
+
+
+def _adapted(module: nn.Module) -> bool:
+    layer: Any = module
+    return is_lora(module) and not layer.merged and not layer.disable_adapters
+
+
+def _deltas(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and [R, C] float64 product of every active adapter of a layer."""
+    if not _adapted(module):
+        return
+    layer: Any = module
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            up, down = (whole(getattr(layer, f"lora_{x}")[name].weight).detach() for x in "BA")
+            yield name, layer.scaling[name] * (up.double() @ down.double())

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from plprune.callbacks import Prune
+from plprune.drivers.compensated import Compensated
 from plprune.lit import plan_facts
 from plprune.lit.cli import PlpruneCLI, main
 from plprune.skeleton import config_of, shipped_shapes
@@ -93,7 +94,8 @@ def test_strategies_stack_on_every_model_and_method(
     assert type(made.trainer.strategy).__name__ == STRATEGY_CLASSES[Path(strategy).stem]
     chosen = yaml.safe_load((ROOT / method).read_text("utf-8"))["prune"]["method"]["class_path"]
     pruner = next(c for c in made.trainer.callbacks if isinstance(c, Prune))
-    assert f"{type(pruner.method).__module__}.{type(pruner.method).__name__}" == chosen
+    method = pruner.method.method if isinstance(pruner.method, Compensated) else pruner.method
+    assert f"{type(method).__module__}.{type(method).__name__}" == chosen
     assert (
         made.model.pretrained == yaml.safe_load((ROOT / model).read_text())["model"]["pretrained"]
     )

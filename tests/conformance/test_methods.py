@@ -176,6 +176,8 @@ def test_09_poor_statistics_give_a_finite_result(kind: type[Method], change: Cal
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_09_nan_is_refused(kind: type[Method], value: float):
     model = tiny.model("llama-gqa-bias")
+    if not kind().taps(describe(model)):
+        pytest.skip("looks at nothing")
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.up_proj.weight[3, 5] = value

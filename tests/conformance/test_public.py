@@ -7,7 +7,10 @@ ENGINE = {
     *("Axis", "Budget", "Keep", "Mask", "Plan", "Report", "Spec", "Write"),
     *("apply", "count_params", "describe", "load_hf", "observe", "rebuild", "save_hf"),
 }
-CALLBACKS = {"ExportHF", "LoRARecovery", "Prune", "PruneReport", "SizeMonitor", "Statistics"}
+CALLBACKS = {
+    *("ExportHF", "KeepMasks", "LoRARecovery", "Prune", "PruneReport", "SizeMonitor"),
+    "Statistics",
+}
 
 
 def test_engine():

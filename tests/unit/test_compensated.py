@@ -89,7 +89,11 @@ def test_names_and_settings_are_those_of_both():
     assert plan.method == REFIT.label == "TransAct + LeastSquares"
     assert plan.hyper == REFIT.hyper()
     assert plan.hyper["attention"] == "none"
-    assert plan.hyper["compensation"] == {"class": "LeastSquares", "ridge": RIDGE}
+    assert plan.hyper["compensation"] == {
+        "class": "LeastSquares",
+        "ridge": RIDGE,
+        "add_bias": False,
+    }
 
 
 def test_it_observes_only_what_can_lose_inputs():
@@ -165,7 +169,7 @@ def test_adapters_that_are_not_looked_at_are_noticed(monkeypatch: pytest.MonkeyP
     """Negative control: refitting the base weights alone is something else."""
     model, _ = adapted()
     plan = oracles.plan_by(REFIT, model, BUDGET)
-    monkeypatch.setattr("plprune.surgery.written._adapters", lambda module: None)
+    monkeypatch.setattr("plprune.surgery.written._deltas", lambda module: iter(()))
     other = oracles.plan_by(REFIT, model, BUDGET)
     pairs = zip(plan.edits, other.edits, strict=True)
     far = [float((a.weight - b.weight).abs().max()) for a, b in pairs if isinstance(a, Write)]
@@ -198,8 +202,10 @@ def test_transposed_weights_are_read_and_written_by_rows():
 
 def test_dora_is_refused_with_the_way_out():
     model, _ = adapted(use_dora=True)
+    plan, before = oracles.plan_by(REFIT, model, BUDGET), copy.deepcopy(model.state_dict())
     with pytest.raises(PlanError, match=r"DoRA adapters cannot be refitted.*use_dora.*after the"):
-        oracles.plan_by(REFIT, model, BUDGET)
+        apply(model, plan, describe(model))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_bfloat16_weights_get_rounded_values_and_stay_bfloat16():
