@@ -90,7 +90,7 @@ class Allocation(ABC):
 class Uniform(Allocation):
     """The same width in every block, or in every one that is not spared."""
 
-    spare: tuple[int, int] = (0, 0)
+    spare: tuple[int, ...] = (0, 0)
     """Blocks at the start and at the end that are not cut."""
 
     def __post_init__(self) -> None:

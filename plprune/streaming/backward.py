@@ -156,7 +156,7 @@ def _paired(model: nn.Module, sums: Mapping[str, Sums]) -> Iterator[None]:
                 total += product
                 squares += product.square()
 
-            out.register_hook(back)
+            out.register_hook(back)  # type: ignore[no-untyped-call]
 
         return forward
 
