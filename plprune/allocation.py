@@ -8,8 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from plprune.methods.base import View
 from plprune.repair import repaired
 from plprune.spec import Spec
 from plprune.stats.base import Tap
+from plprune.stats.losses import LossCurve
 
 Sizes = dict[str, int]
 """Axis name -> units kept, over all groups."""
@@ -188,6 +191,84 @@ class GlobalThreshold(Allocation):
         least = max(step, -(-int(self.least * most + 1 - 1e-9) // step) * step)
         count = int((sorted_U > threshold).sum())
         return min(most, max(least, round(count / step) * step))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredLoss(Allocation):
+    """Spend the budget where the loss, measured on the calibration set, says it is needed.
+
+    Every axis is cut alone at a few widths. The convex hull of what that costs gives every unit a
+    price in loss, and one threshold of loss for parameters (or what the budget counts) decides.
+    Costs of several cuts are taken to add.
+    """
+
+    least: float = 0.0
+    """Share of every axis that stays whatever it costs (at least one unit does)."""
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ConfigError: unless it is a share.
+        """
+        GlobalThreshold(least=self.least)
+
+    def taps(self, spec: Spec) -> tuple[Tap, ...]:
+        """Losses, for every linear that reads units."""
+        return tuple(Tap(module=name, stat=LossCurve) for name in spec.consumers())
+
+    def sizes(
+        self, view: View, budget: Budget, scores: Mapping[str, Tensor], kinds: tuple[str, ...]
+    ) -> Sizes:
+        """One threshold over the marginal losses of all units."""
+        spec = view.spec
+        fixed = fixed_widths(spec, budget)
+        worth = {}
+        for axis in spec.axes.values():
+            if axis.kind in kinds and axis.kind not in fixed:
+                module = next(piece.module for piece in axis.slices if piece.side == "in")
+                curve = view.stats[Tap(module=module, stat=LossCurve)]
+                assert isinstance(curve, LossCurve), "taps name their class"
+                whole = price(spec, budget)
+                unit = (whole - price(spec, budget, {axis.name: axis.size / 2})) / (axis.size / 2)
+                worth[axis.name] = marginal_losses(curve, axis.size) / unit
+        return GlobalThreshold(least=self.least).sizes(view, budget, worth, kinds)
+
+
+def marginal_losses(curve: LossCurve, size: int) -> Tensor:
+    """What the loss gains by each unit of an axis, the one that stays longest first.
+
+    Args:
+        curve: measured at some widths.
+        size: units of the axis.
+
+    Returns:
+        [U] float64, not negative, falling: slopes of the convex hull of the measured points,
+        between whose middles they change linearly.
+    """
+    points = [(float(size), 0.0)]
+    for units, loss in sorted(
+        zip(curve.units_G.tolist(), curve.increase_G().tolist(), strict=True), reverse=True
+    ):
+        if units < points[-1][0]:
+            points.append((units, max(loss, points[-1][1])))
+    hull = points[:1]
+    for point in points[1:]:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    middles = [(a[0] + b[0]) / 2 for a, b in pairwise(hull)]
+    slopes = [_slope(a, b) for a, b in pairwise(hull)]
+    at = np.arange(size) + 0.5
+    if not slopes:
+        return torch.zeros(size, dtype=torch.float64)
+    found = np.interp(at, middles[::-1], slopes[::-1])
+    # Beyond the outermost middles slopes are constant: a trace of order keeps widths apart.
+    return torch.from_numpy(found * (1 + 1e-6 * (size - at) / size))
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (a[0] - b[0])
 
 
 def step_of(spec: Spec, name: str, budget: Budget) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from plprune import dist
 from plprune.budget import Budget
-from plprune.drivers.whole import calibration_hash, token_mask
+from plprune.drivers.batches import calibration_hash, token_mask
 from plprune.methods.base import Method, View
 from plprune.observe import StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Plan

@@ -41,6 +41,20 @@ def observe_whole(
             yield number, stream.observe(number, block, own, forward=not last)
 
 
+def by_block(plan: Plan, spec: Spec) -> dict[int, tuple[Keep, ...]]:
+    """Edits of a plan for the whole model, by block.
+
+    Args:
+        plan: of `Keep` edits.
+        spec: it was made for.
+    """
+    found: dict[int, list[Keep]] = {}
+    for edit in plan.edits:
+        assert isinstance(edit, Keep), "methods of order whole keep units"
+        found.setdefault(spec.axes[edit.axis].block, []).append(edit)
+    return {block: tuple(edits) for block, edits in found.items()}
+
+
 def carry_out(
     stream: Stream,
     number: int,

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from plprune import dist
 from plprune.budget import Budget
 from plprune.compensate import Compensation
+from plprune.drivers.batches import calibration_hash, empty_calibration
 from plprune.drivers.blocks import Stream, begin, budget_of, prune_block
-from plprune.drivers.carried import carry_out, observe_whole
-from plprune.drivers.whole import calibration_hash, empty_calibration
+from plprune.drivers.carried import by_block, carry_out, observe_whole
+from plprune.drivers.looks import costs
+from plprune.load import load_hf
 from plprune.load_check import files_of
 from plprune.methods.base import Method, View
 from plprune.observe import StatMap
-from plprune.plan import Keep, Plan
+from plprune.plan import Plan
 from plprune.sparse import SparseMethod, drops
 from plprune.spec import Spec
 from plprune.stats.base import Tap
@@ -30,6 +32,7 @@ from plprune.streaming.calls import Batch
 from plprune.streaming.hidden import Hidden, InMemory, OnDisk
 from plprune.streaming.opened import facts_of, open_model, restore
 from plprune.streaming.work import Work
+from plprune.structured import StructuredMethod
 
 Progress = Callable[[int, int], None]
 Shown = Callable[[str], Progress]
@@ -156,10 +159,10 @@ class _Run:
         needs = self.job.compensation is not None
         stream = self._stream("hidden", finished, needs=needs)
         shown = self.job.shown(f"cutting by the plan of {plan.method}")
-        edits = _Edits(plan, self.dense)
+        edits = by_block(plan, self.dense)
         for number in range(finished, len(self.source)):
             with self.source.block(number) as block:
-                own = edits.of(number)
+                own = edits.get(number, ())
                 if own:
                     part = replace(plan, edits=own)
                     carry_out(stream, number, block, part, self.job.compensation)
@@ -219,8 +222,25 @@ class _Run:
 
     def _observed(self) -> StatMap:
         every = self.job.method.taps(self.source.spec)
-        taps = [tap for tap in every if not tap.stat.backward]
-        return {**self._forward(taps), **self._back([tap for tap in every if tap not in taps])}
+        back = [tap for tap in every if tap.stat.backward]
+        losses = [tap for tap in every if tap.stat.measured]
+        found = self._forward([tap for tap in every if tap not in (*back, *losses)])
+        found |= self._back(back)
+        return found | self._costs(losses, found)
+
+    def _costs(self, taps: Sequence[Tap], found: StatMap) -> StatMap:
+        """Losses of single cuts, of the whole model in memory."""
+        if not taps:
+            return {}
+        method, spec = self.job.method, self.source.spec
+        assert isinstance(method, StructuredMethod), "allocations belong to structured methods"
+        view = View(spec=spec, stats=found, weight=self.source.weight, bias=self.source.bias)
+        scores = method.scores(view)
+        model = load_hf(
+            self.job.folder, dtype=self.job.dtype, trust_remote_code=self.job.trust_remote_code
+        ).to(self.job.device)
+        shown = self.job.shown("losses of single cuts")
+        return costs(model, spec, taps, scores, self.job.batches, shown)
 
     def _back(self, taps: Sequence[Tap]) -> StatMap:
         """Gradients; a run that is killed meanwhile begins them again."""
@@ -249,19 +269,6 @@ class _Run:
                 found.update(stats)
                 shown(number + 1, len(self.source))
         return found
-
-
-class _Edits:
-    """Edits of a plan by block, in the coordinates of the model as it is when their turn comes."""
-
-    def __init__(self, plan: Plan, spec: Spec) -> None:
-        self._by_block: dict[int, list[Keep]] = {}
-        for edit in plan.edits:
-            assert isinstance(edit, Keep), "methods of order whole keep units"
-            self._by_block.setdefault(spec.axes[edit.axis].block, []).append(edit)
-
-    def of(self, number: int) -> tuple[Keep, ...]:
-        return tuple(self._by_block.get(number, ()))
 
 
 def settings(job: Job, dense: Spec, calibration: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from torch import nn
 
 from plprune.budget import Budget
 from plprune.count import count_params
+from plprune.drivers.batches import calibration_hash
 from plprune.drivers.blocks import begin, budget_of, prune_block
 from plprune.drivers.progressive import Progressive
-from plprune.drivers.whole import calibration_hash
 from plprune.errors import ConfigError
 from plprune.lit import progress
 from plprune.lit.calibration import Share

@@ -21,6 +21,8 @@ class Stat(ABC):
 
     backward: ClassVar[bool] = False
     """Whether it is made of gradients instead of activations."""
+    measured: ClassVar[bool] = False
+    """Whether it is made of losses, of a model of which units are masked by their scores."""
     n: Tensor
     """[] float64, tokens."""
 

@@ -12,7 +12,7 @@ import tiny
 from fitting import User, Validated, fit, gap, hashes, linear, prune
 from plprune.callbacks import Prune, Statistics
 from plprune.describe import describe
-from plprune.drivers.whole import token_mask
+from plprune.drivers.batches import token_mask
 from plprune.errors import ConfigError, DataError
 from plprune.lit.watch import Watch
 from plprune.methods.transact import TransAct

@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from plprune.describe import describe
-from plprune.drivers.whole import gradients
+from plprune.drivers.looks import gradients
 from plprune.errors import ConfigError
 from plprune.methods.base import View
 from plprune.methods.taylor import Taylor

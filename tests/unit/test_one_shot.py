@@ -206,7 +206,7 @@ def test_a_full_disk_keeps_what_was_finished(
 
 
 def identity(given: Job) -> tuple[Any, str]:
-    from plprune.drivers.whole import calibration_hash
+    from plprune.drivers.batches import calibration_hash
 
     return describe(load_hf(given.folder)), calibration_hash(given.batches)
 

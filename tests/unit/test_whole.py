@@ -8,7 +8,8 @@ import tiny
 from plprune import families
 from plprune.budget import Budget
 from plprune.describe import describe
-from plprune.drivers.whole import calibrate, decide, token_mask
+from plprune.drivers.batches import token_mask
+from plprune.drivers.whole import calibrate, decide
 from plprune.errors import DataError, PlanError
 from plprune.methods.transact import TransAct
 

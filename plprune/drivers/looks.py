@@ -1,0 +1,88 @@
+"""Statistics that need more than one forward pass: gradients, and losses of cut models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from plprune import sensitivity
+from plprune.drivers.batches import Batch
+from plprune.errors import ConfigError
+from plprune.observe import StatMap
+from plprune.sharded import any_sharded
+from plprune.spec import Spec
+from plprune.stats.base import Tap
+from plprune.streaming.backward import slopes
+from plprune.streaming.blocks import Held
+
+
+def gradients(
+    model: nn.Module, spec: Spec, taps: Sequence[Tap], batches: Sequence[Batch]
+) -> StatMap:
+    """Statistics of a backward pass, one block at a time.
+
+    Args:
+        model: plain or wrapped, with its weights; its training mode is put back.
+        spec: its spec.
+        taps: of gradients.
+        batches: of this rank.
+
+    Returns:
+        Sums over all ranks, on the CPU.
+
+    Raises:
+        ConfigError: if the weights are divided: strategies gather them for passes of their own.
+    """
+    with _held(model, spec, "gradients of single blocks") as source:
+        return slopes(source, batches, taps)
+
+
+def costs(
+    model: nn.Module,
+    spec: Spec,
+    taps: Sequence[Tap],
+    scores: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    progress: sensitivity.Progress = lambda done, total: None,
+) -> StatMap:
+    """Losses of the model with one axis cut alone; see `sensitivity.curves`.
+
+    Args:
+        model: plain or wrapped, with its weights; its training mode is put back.
+        spec: its spec.
+        taps: of losses.
+        scores: axis name -> [U], higher stays.
+        batches: of this rank.
+        progress: told after every block.
+
+    Returns:
+        Sums over all ranks, on the CPU.
+
+    Raises:
+        ConfigError: if the weights are divided.
+    """
+    with _held(model, spec, "losses of single cuts") as source:
+        return sensitivity.measured(source, batches, taps, scores, progress)
+
+
+@contextlib.contextmanager
+def _held(model: nn.Module, spec: Spec, what: str) -> Iterator[Held]:
+    if any_sharded(model.parameters()):
+        raise ConfigError(
+            f"{what} need complete weights",
+            given="a strategy that divides the weights",
+            allowed="strategy: auto, ddp, zero1 or zero2",
+            fix="use one of those, or prune the folder first: plprune prune",
+        )
+    modes = {module: module.training for module in model.modules()}
+    source = Held(model.eval())
+    source.spec = spec
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield source
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,156 @@
+"""What it costs to cut one axis alone: the loss of the whole model, measured.
+
+The calibration set is carried along in front of the block in question, so that only it and what
+follows it are run again. Units are masked on the inputs of the linear that reads them, which equals
+cutting them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plprune import dist
+from plprune.drivers.blocks import Stream, begin
+from plprune.observe import StatMap
+from plprune.select import top_units
+from plprune.spec import Axis
+from plprune.stats.base import Tap
+from plprune.stats.losses import SHARES, LossCurve
+from plprune.streaming.blocks import Held
+from plprune.streaming.calls import Batch, blocks_of, finish
+from plprune.streaming.hidden import InMemory
+
+Progress = Callable[[int, int], None]
+
+
+def curves(
+    source: Held,
+    batches: Sequence[Batch],
+    scores: Mapping[str, Tensor],
+    shares: Sequence[float] = SHARES,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, LossCurve]:
+    """Measure every axis alone; collective on all ranks.
+
+    Args:
+        source: the model with its weights, in evaluation mode.
+        batches: calibration batches of this rank.
+        scores: axis name -> [U], higher stays; these axes are measured.
+        shares: of the units of an axis that stay at each measurement.
+        progress: told after every block.
+
+    Returns:
+        Axis name -> losses, summed over ranks, on the CPU.
+    """
+    stream = begin(source, batches, 0, InMemory, "")
+    found: dict[str, LossCurve] = {}
+    dense: tuple[Tensor, Tensor] | None = None
+    with torch.no_grad():
+        for number in range(len(source)):
+            for axis in source.spec.axes.values():
+                if axis.block == number and axis.name in scores:
+                    dense = dense or _loss(stream, batches, number)
+                    found[axis.name] = _curve(
+                        stream, batches, number, axis, scores[axis.name], shares, dense
+                    )
+            if number + 1 < len(source):
+                stream.forward(number, blocks_of(source.model)[number])
+            progress(number + 1, len(source))
+    return found
+
+
+def measured(
+    source: Held,
+    batches: Sequence[Batch],
+    taps: Sequence[Tap],
+    scores: Mapping[str, Tensor],
+    progress: Progress = lambda done, total: None,
+) -> StatMap:
+    """Curves as statistics of the linears that read the axes.
+
+    Args:
+        source: as in `curves`.
+        batches: of this rank.
+        taps: with `LossCurve`.
+        scores: of every axis that such a linear reads.
+        progress: told after every block.
+    """
+    wanted = {tap.module: tap for tap in taps}
+    read = {name: reader(source.spec.axes[name]) for name in scores}
+    chosen = {name: scores[name] for name, module in read.items() if module in wanted}
+    found = curves(source, batches, chosen, progress=progress)
+    return {wanted[read[name]]: curve for name, curve in found.items()}
+
+
+def reader(axis: Axis) -> str:
+    """The linear whose inputs are the units of an axis."""
+    return next(piece.module for piece in axis.slices if piece.side == "in")
+
+
+def _curve(
+    stream: Stream,
+    batches: Sequence[Batch],
+    number: int,
+    axis: Axis,
+    score_U: Tensor,
+    shares: Sequence[float],
+    dense: tuple[Tensor, Tensor],
+) -> LossCurve:
+    per_group = axis.size // axis.groups
+    kept = [max(1, round(share * per_group)) * axis.groups for share in shares]
+    losses = []
+    for count in kept:
+        stays = torch.zeros(axis.size, dtype=torch.bool)
+        stays[top_units(score_U, count, axis.group)] = True
+        with _without(stream.source.model, axis, stays):
+            losses.append(_loss(stream, batches, number)[0])
+    return LossCurve(
+        n=dense[1],
+        dense=dense[0],
+        loss_G=torch.stack(losses),
+        units_G=torch.tensor(kept, dtype=torch.float64),
+    )
+
+
+@contextlib.contextmanager
+def _without(model: nn.Module, axis: Axis, stays_U: Tensor) -> Iterator[None]:
+    """Mask units at the linear that reads them."""
+    piece = next(piece for piece in axis.slices if piece.side == "in")
+    module = model.get_submodule(piece.module)
+    gone = piece.index[~stays_U].flatten()
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0].clone()
+        x[..., gone.to(x.device)] = 0
+        return (x, *args[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _loss(stream: Stream, batches: Sequence[Batch], start: int) -> tuple[Tensor, Tensor]:
+    """[] sum of the losses of all tokens of all ranks, run from a block on, and their number."""
+    model = stream.source.model
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for number, batch in enumerate(batches):
+        hidden = stream.hidden[number]
+        for call, block in list(zip(stream.calls[number], blocks_of(model), strict=True))[start:]:
+            hidden = call.run(block, hidden)
+        logits = finish(model, batch, hidden)[:, :-1]
+        ids = batch["input_ids"][:, 1:].to(logits.device)
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), ids.flatten(), reduction="none"
+        )
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        counts = (mask[:, 1:] & mask[:, :-1]).flatten().bool().to(losses.device)
+        total += losses[counts].double().sum().cpu()
+        count += counts.sum().cpu()
+    return dist.summed(total), dist.summed(count)
