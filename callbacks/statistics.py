@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import Trainer
 
 from plprune.budget import require_numbers
-from plprune.drivers.whole import Batch
+from plprune.drivers.batches import Batch
 from plprune.errors import ConfigError, DataError
 from plprune.lit import calibration
 

@@ -236,9 +236,10 @@ class _Run:
         assert isinstance(method, StructuredMethod), "allocations belong to structured methods"
         view = View(spec=spec, stats=found, weight=self.source.weight, bias=self.source.bias)
         scores = method.scores(view)
-        model = load_hf(
+        model: Any = load_hf(
             self.job.folder, dtype=self.job.dtype, trust_remote_code=self.job.trust_remote_code
-        ).to(self.job.device)
+        )
+        model.to(self.job.device)
         shown = self.job.shown("losses of single cuts")
         return costs(model, spec, taps, scores, self.job.batches, shown)
 

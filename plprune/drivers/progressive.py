@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from plprune.budget import Budget
 from plprune.count import count_params
 from plprune.describe import describe
-from plprune.drivers.whole import Batch, Progress, calibrate, decide
+from plprune.drivers.batches import Batch
+from plprune.drivers.whole import Progress, calibrate, decide
 from plprune.errors import CheckpointError, PlanError, StructureError
 from plprune.export_weights import is_tied
 from plprune.masks import LogicalMasks

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from plprune.drivers.whole import Batch
+from plprune.drivers.batches import Batch
 from plprune.errors import DataError
 from plprune.lit import guard
 from plprune.unwrap import unwrap

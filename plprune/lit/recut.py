@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from plprune.dist import together
+from plprune.drivers.batches import Batch
 from plprune.drivers.progressive import Progressive, probe_loss
-from plprune.drivers.whole import Batch
 from plprune.errors import PlanError
 from plprune.lit import guard
 from plprune.lit.strategies import adapter_for

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from plprune.dist import rank, reduce
-from plprune.drivers.batches import token_mask
-from plprune.drivers.whole import Batch
+from plprune.drivers.batches import Batch, token_mask
 from plprune.errors import DataError, PlanError
 from plprune.observe import Observation, StatMap, check, observe, to_cpu
 from plprune.stats.base import Tap

@@ -52,7 +52,7 @@ class Masters(Callback):
 def test_masters_are_kept_in_full(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch):
     """Made again from bfloat16 weights they would have lost most of their digits."""
     look = Masters()
-    own, put_back = zero.ZeROAdapter.recut, zero._put_back
+    own, put_back = zero.ZeROAdapter.recut, zero.put_back
 
     def recut(self: Any, trainer: Any, *args: Any, **more: Any) -> Any:
         before = look.look(trainer)
@@ -64,9 +64,9 @@ def test_masters_are_kept_in_full(name: str, kept: bool, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(zero.ZeROAdapter, "recut", recut)
     if not kept:
-        monkeypatch.setattr(zero, "_put_back", lambda *_: None)
+        monkeypatch.setattr(zero, "put_back", lambda *_: None)
     else:
-        monkeypatch.setattr(zero, "_put_back", put_back)
+        monkeypatch.setattr(zero, "put_back", put_back)
 
     def run() -> Any:
         runs.fit_on(name, 2, precision="bf16-true", optimizer="one group", max_steps=9)

@@ -258,8 +258,11 @@ class Engines(Callback):
         self._note(trainer.strategy.model, pl_module)
         gc.collect()
         self.alive.append(sum(ref() is not None for ref in self.made))
-        tensors = (o for o in gc.get_objects() if isinstance(o, torch.Tensor))
-        self.large.append(sum(t.numel() for t in tensors if t.grad_fn is None))
+        # Gradients are there after a step and gone after a cut.
+        grads = {id(p.grad) for p in pl_module.parameters()}
+        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+        kept = (t for t in tensors if t.grad_fn is None and id(t) not in grads)
+        self.large.append(sum(t.numel() for t in kept))
 
 
 def ten_cuts() -> list[Callback]:
