@@ -180,8 +180,10 @@ def _thresholds(axes: Axes, rows: Sequence[ScoreSummary]) -> list[Line2D]:
     return lines
 
 
-def curve_plot(curves: Sequence[Curve], cuts: Sequence[int], quantity: str) -> str:
-    """Draw curves over steps; every cut is a vertical line."""
+def curve_plot(
+    curves: Sequence[Curve], cuts: Sequence[int], quantity: str, across: str = "optimizer step"
+) -> str:
+    """Draw curves over steps, or what `across` says; every cut is a vertical line."""
     steps = [*cuts, *(step for curve in curves for step in curve.step)]
     low, high = min(steps), max(max(steps), min(steps) + 1)
     with canvas() as figure:
@@ -193,7 +195,8 @@ def curve_plot(curves: Sequence[Curve], cuts: Sequence[int], quantity: str) -> s
             for place, curve in enumerate(curves)
         ]
         legend += [("cut", line) for line in _cuts(axes, cuts)[:1]]
-        return finish(figure, ("optimizer step", name), legend, f"{quantity} over steps")
+        title = f"{quantity} over {across.split()[-1]}s"
+        return finish(figure, (across, name), legend, title)
 
 
 def _line(axes: Axes, curve: Curve, colour: str, dashes: str) -> Line2D:

@@ -68,7 +68,7 @@ def _texts(sample: Sample) -> list[tuple[str, str]]:
 
 def page(report: Report) -> str:
     """Render the HTML page."""
-    size, *quality, widths, cuts, protocol = (_html_table(*pair) for pair in tables(report).items())
+    size, *quality, widths, cuts, protocol = (table_html(*pair) for pair in tables(report).items())
     lines = verdict(report)
     parts = [size, *quality, _curves(report), widths, _layers(report), _scores(report), cuts]
     parts += [
@@ -89,7 +89,13 @@ def page(report: Report) -> str:
     )
 
 
-def _html_table(title: str, rows: Rows) -> str:
+def table_html(title: str, rows: Rows) -> str:
+    """A section with a table.
+
+    Args:
+        title: of the section.
+        rows: header first.
+    """
     if not rows:
         return ""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
@@ -102,7 +108,13 @@ def _html_table(title: str, rows: Rows) -> str:
     return f'<section class="{css}"><h2>{title}</h2><div class="wide">{grid}</div></section>'
 
 
-def _figure(svg: str, text: str) -> str:
+def figure_html(svg: str, text: str) -> str:
+    """A plot with its caption.
+
+    Args:
+        svg: one element.
+        text: caption.
+    """
     return f'<figure><div class="wide">{svg}</div><figcaption>{escape(text)}</figcaption></figure>'
 
 
@@ -112,14 +124,14 @@ def _curves(report: Report) -> str:
         curves = [curve for curve in report.curves if curve.quantity == quantity and curve.step]
         name = quantity[:1].upper() + quantity[1:]
         caption = f"{name}: how far it jumps at each cut, and how much training wins back."
-        drawn.append(_figure(curve_plot(curves, steps, quantity), caption))
+        drawn.append(figure_html(curve_plot(curves, steps, quantity), caption))
     return f"<section><h2>Training</h2>{''.join(drawn)}</section>" if drawn else ""
 
 
 def _layers(report: Report) -> str:
     caption = "{}: the gap between the filled part and the outline is what each layer lost."
     drawn = ((width_plot(report.layers, *pair), pair[1]) for pair in kinds(report).items())
-    return "".join(_figure(svg, caption.format(name)) for svg, name in drawn)
+    return "".join(figure_html(svg, caption.format(name)) for svg, name in drawn)
 
 
 def _scores(report: Report) -> str:
@@ -127,7 +139,7 @@ def _scores(report: Report) -> str:
     for kind in dict.fromkeys(row.kind for row in report.scores):
         rows, name = [row for row in report.scores if row.kind == kind], KINDS.get(kind, kind)
         caption = f"{name}: units that score below the threshold line of their layer were removed."
-        drawn.append(_figure(score_plot(rows, name), caption))
+        drawn.append(figure_html(score_plot(rows, name), caption))
     return f"<section><h2>Scores</h2>{''.join(drawn)}</section>" if drawn else ""
 
 

@@ -266,7 +266,7 @@ def _lazy(name: str) -> Callable[[Sequence[str]], None]:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    name: _lazy(name) for name in ("prune", "plan", "evaluate", "export", "report")
+    name: _lazy(name) for name in ("prune", "sensitivity", "plan", "evaluate", "export", "report")
 }
 
 USAGE = """usage: plprune COMMAND [--config FILE ...] [--key value ...]
@@ -279,6 +279,7 @@ train and prune (LightningCLI; `plprune fit --help` lists every key, YAMLs given
 
 without training
   prune      prune a model block by block from its files; goes on where it was killed
+  sensitivity  perplexity with one axis of one layer cut, for all of them
 
 around it
   plan       print schedule, widths, parameters and memory of a fit; touches nothing

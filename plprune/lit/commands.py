@@ -16,6 +16,17 @@ def prune(args: Sequence[str]) -> None:
     run(args)
 
 
+def sensitivity(args: Sequence[str]) -> None:
+    """Print what cutting each axis of each layer alone costs.
+
+    Args:
+        args: command line after `sensitivity`.
+    """
+    from plprune.lit.sensitivity_command import run
+
+    run(args)
+
+
 def plan(args: Sequence[str]) -> None:
     """Print what `fit` would do with the same configuration.
 

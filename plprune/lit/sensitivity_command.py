@@ -1,0 +1,133 @@
+"""`plprune sensitivity`: perplexity with one axis of one layer cut, for all of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+
+from plprune import sensitivity, sensitivity_page
+from plprune.allocation import Uniform
+from plprune.callbacks.export import require_writable
+from plprune.describe import describe
+from plprune.drivers.compensated import Compensated
+from plprune.drivers.whole import calibrate, view_of
+from plprune.errors import ConfigError
+from plprune.lit.launched import process_group
+from plprune.lit.parts_cli import PartsCLI
+from plprune.lit.progress import counted
+from plprune.lit.tables import lines, show
+from plprune.load import load_hf
+from plprune.stats.losses import SHARES, LossCurve
+from plprune.streaming.blocks import Held
+from plprune.structured import StructuredMethod
+
+HELP = """usage: plprune sensitivity --config FILE [--config FILE ...] [--key value ...]
+
+Cut every axis of every layer alone, by the scores of prune.method, at a few widths, and print the
+perplexity on the calibration set. The model must fit in memory; nothing of it is changed.
+
+  --output DIR            also write a page with plots, and the numbers, there
+  --shares LIST           of the units that stay; default [0.875, 0.75, 0.5, 0.25]
+  --compute_dtype NAME    number format of the weights; default float32
+  --device NAME           where to compute; default cuda if there is one, else cpu
+
+Of the keys of `plprune fit --help` it reads model, data (the calibration set) and prune.method.
+"""
+
+
+class SensitivityCLI(PartsCLI):
+    """The parser of `fit`, with keys for the measurement."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the keys of this command."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output", type=str | None, default=None)
+        parser.add_argument("--shares", type=list[float], default=list(SHARES))
+        parser.add_argument("--compute_dtype", type=str, default="float32")
+        parser.add_argument("--device", type=str | None, default=None)
+
+
+def run(args: Sequence[str]) -> None:
+    """Measure and print.
+
+    Args:
+        args: command line after `sensitivity`.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return
+    cli = SensitivityCLI(["fit", *args])
+    given, made = cli.config.fit, cli.config_init.fit
+    method = _method(made.prune.method)
+    _check(given)
+    with process_group(given.device) as device:
+        model: Any = load_hf(
+            made.model.pretrained,
+            dtype=getattr(torch, given.compute_dtype),
+            trust_remote_code=made.model.trust_remote_code,
+        )
+        model.to(device).eval()
+        batches = made.data.calibration_batches(0)
+        found, data = _measured(model, method, batches, tuple(given.shares))
+    protocol = {
+        "model": made.model.pretrained,
+        "scores": method.label,
+        "calibration set (sha256)": data[:16],
+        "sequences": sum(len(batch["input_ids"]) for batch in batches),
+        "tokens of a sequence": made.data.corpus.calibration_seq_len,
+        "seed": made.data.corpus.seed,
+        "number format": given.compute_dtype,
+    }
+    result = sensitivity_page.as_plain(found, protocol)
+    show("Single cuts", sensitivity_page.table(result))
+    dense = f"{result['dense_perplexity']:.4f}"
+    lines("Protocol", [("dense perplexity", dense), *protocol.items()])
+    if given.output is not None:
+        page = sensitivity_page.write(result, Path(given.output).expanduser().absolute())
+        sys.stdout.write(f"written to {page}\n")
+
+
+def _measured(
+    model: Any, method: StructuredMethod, batches: Any, shares: tuple[float, ...]
+) -> tuple[Mapping[str, tuple[str, int, LossCurve]], str]:
+    spec = describe(model)
+    seen = calibrate(model, spec, method, batches, counted("scores", "batches"))
+    scores = method.scores(view_of(model, spec, seen))
+    shown = counted("single cuts", "blocks", eta=True)
+    found = sensitivity.curves(Held(model), batches, scores, shares, shown)
+    axes = spec.axes
+    return {n: (axes[n].kind, axes[n].block, curve) for n, curve in found.items()}, seen[1]
+
+
+def _method(given: Any) -> StructuredMethod:
+    """The method without its compensation, and without losses measured for an allocation."""
+    method = given.method if isinstance(given, Compensated) else given
+    if not isinstance(method, StructuredMethod):
+        raise ConfigError(
+            "sensitivity needs scores of units",
+            given="prune.method: " + ("null" if method is None else method.label),
+            allowed="a method that removes units, such as TransAct, FLAP or Taylor",
+            fix="stack one: --config configs/methods/flap.yaml",
+        )
+    return replace(method, allocation=Uniform())
+
+
+def _check(given: Any) -> None:
+    if not given.shares or not all(0 < share < 1 for share in given.shares):
+        raise ConfigError(
+            "--shares out of range", given=str(given.shares), allowed="numbers between 0 and 1"
+        )
+    names = ("float32", "bfloat16", "float16")
+    if given.compute_dtype not in names:
+        raise ConfigError(
+            "unknown --compute_dtype", given=repr(given.compute_dtype), allowed=", ".join(names)
+        )
+    if given.output is not None:
+        target = Path(given.output).expanduser().absolute()
+        require_writable(target, overwrite=False, ours=lambda names: False)
