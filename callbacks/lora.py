@@ -158,9 +158,11 @@ class LoRARecovery(Callback):
             log.info("LoRA: %d trainable parameters", trainable)
 
     def _zeros(self, model: Any) -> bool:
-        """Whether zeros stay."""
+        """Whether zeros stay; collective where they have to be counted."""
+        if self.keep_zeros is False:
+            return False
         share = share_of_zeros(model, count_zeros(model))
-        keep = share > _SPARSE if self.keep_zeros is None else self.keep_zeros
+        keep = share > _SPARSE or bool(self.keep_zeros)
         if keep and not self.merge_at_end:
             raise ConfigError(
                 "adapters beside their base fill its zeros",

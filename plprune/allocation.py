@@ -226,8 +226,7 @@ class MeasuredLoss(Allocation):
         worth = {}
         for axis in spec.axes.values():
             if axis.kind in kinds and axis.kind not in fixed:
-                module = next(piece.module for piece in axis.slices if piece.side == "in")
-                curve = view.stats[Tap(module=module, stat=LossCurve)]
+                curve = view.stats[Tap(module=axis.reader.module, stat=LossCurve)]
                 assert isinstance(curve, LossCurve), "taps name their class"
                 whole = price(spec, budget)
                 unit = (whole - price(spec, budget, {axis.name: axis.size / 2})) / (axis.size / 2)

@@ -81,15 +81,10 @@ def measured(
         progress: told after every block.
     """
     wanted = {tap.module: tap for tap in taps}
-    read = {name: reader(source.spec.axes[name]) for name in scores}
+    read = {name: source.spec.axes[name].reader.module for name in scores}
     chosen = {name: scores[name] for name, module in read.items() if module in wanted}
     found = curves(source, batches, chosen, progress=progress)
     return {wanted[read[name]]: curve for name, curve in found.items()}
-
-
-def reader(axis: Axis) -> str:
-    """The linear whose inputs are the units of an axis."""
-    return next(piece.module for piece in axis.slices if piece.side == "in")
 
 
 def _curve(
@@ -120,9 +115,8 @@ def _curve(
 @contextlib.contextmanager
 def _without(model: nn.Module, axis: Axis, stays_U: Tensor) -> Iterator[None]:
     """Mask units at the linear that reads them."""
-    piece = next(piece for piece in axis.slices if piece.side == "in")
-    module = model.get_submodule(piece.module)
-    gone = piece.index[~stays_U].flatten()
+    module = model.get_submodule(axis.reader.module)
+    gone = axis.reader.index[~stays_U].flatten()
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0].clone()

@@ -75,6 +75,11 @@ class Axis:
     """Units in the dense model."""
 
     @property
+    def reader(self) -> Slice:
+        """The end of the linear that reads the units."""
+        return next(piece for piece in self.slices if piece.side == "in")
+
+    @property
     def size(self) -> int:
         """Units U."""
         return len(self.origin)

@@ -159,8 +159,7 @@ def consumer_index(axis: Axis) -> tuple[str, Tensor]:
     Returns:
         Module path, [U, w] int64.
     """
-    piece = next(piece for piece in axis.slices if piece.side == "in")
-    return piece.module, piece.index
+    return axis.reader.module, axis.reader.index
 
 
 def unit_sums(axis: Axis, value_C: Tensor) -> Tensor:

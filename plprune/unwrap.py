@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import nn
@@ -9,6 +11,22 @@ from torch.distributed.fsdp import FSDPModule
 
 from plprune import families
 from plprune.errors import ModelError
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module has its own mode again afterwards.
+
+    Args:
+        model: any.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def unwrap(model: nn.Module) -> nn.Module:

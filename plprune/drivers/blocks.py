@@ -27,6 +27,7 @@ from plprune.streaming.blocks import Blocks, Held
 from plprune.streaming.calls import Batch, Call, Known, inputs_of, record
 from plprune.streaming.hidden import Hidden, InMemory
 from plprune.surgery.written import bias_of, weight_of
+from plprune.unwrap import evaluating
 
 
 @dataclass(kw_only=True, eq=False)
@@ -198,18 +199,44 @@ def prune_model(
     Returns:
         What was done, in order.
     """
-    modes = {module: module.training for module in model.modules()}
-    source = Held(model.eval())
+    with evaluating(model):
+        return prune_blocks(Held(model), method, budget, batches, calibration_hash(batches))
+
+
+def prune_blocks(
+    source: Blocks,
+    method: Method,
+    budget: Budget,
+    batches: Sequence[Batch],
+    calibration: str,
+    idle: Sequence[Batch] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Plan]:
+    """Prune block after block of a model that is in memory.
+
+    Args:
+        source: the model in evaluation mode.
+        method: of order `blocks`.
+        budget: how much of the weights stays.
+        batches: calibration batches of this rank.
+        calibration: hash of the sequences of all ranks.
+        idle: as in `begin`.
+        progress: told of blocks done.
+
+    Returns:
+        What was done, in order.
+    """
     budgets = budget_of(source.spec, drops(source.spec, budget))
-    stream = begin(source, batches, method.skip_first_tokens, InMemory, calibration_hash(batches))
+    needs = bool(method.taps(source.spec))
+    shown, others = (batches, idle) if needs else ((), ())
+    stream = begin(source, shown, method.skip_first_tokens, InMemory, calibration, others)
     plans = []
     for number in range(len(source)):
         with source.block(number) as block:
             plans += prune_block(stream, number, block, method, budgets)
-            if number + 1 < len(source):
+            if needs and number + 1 < len(source):
                 stream.forward(number, block)
-    for module, mode in modes.items():
-        module.training = mode
+        progress(number + 1, len(source))
     return plans
 
 

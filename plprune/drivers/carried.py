@@ -95,8 +95,7 @@ def _by_consumer(spec: Spec, plan: Plan, number: int) -> dict[str, list[Keep]]:
         assert isinstance(edit, Keep), "methods of order whole keep units"
         axis = spec.axes[edit.axis]
         if axis.block == number:
-            piece = next(piece for piece in axis.slices if piece.side == "in")
-            found.setdefault(piece.module, []).append(edit)
+            found.setdefault(axis.reader.module, []).append(edit)
     return {name: found[name] for name in spec.consumers() if name in found}
 
 

@@ -82,3 +82,14 @@ class Compensated(Method):
                 weight=dist.sent(new_weight.to(exact), owner),
                 bias=None if new_bias is None else dist.sent(new_bias.to(exact), owner),
             )
+
+
+def parts(method: Method) -> tuple[Method, Compensation | None]:
+    """What selects, and what writes.
+
+    Args:
+        method: compensated or not.
+    """
+    if isinstance(method, Compensated):
+        return method.method, method.compensation
+    return method, None

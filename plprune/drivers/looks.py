@@ -17,6 +17,7 @@ from plprune.spec import Spec
 from plprune.stats.base import Tap
 from plprune.streaming.backward import slopes
 from plprune.streaming.blocks import Held
+from plprune.unwrap import evaluating
 
 
 def gradients(
@@ -77,12 +78,7 @@ def _held(model: nn.Module, spec: Spec, what: str) -> Iterator[Held]:
             allowed="strategy: auto, ddp, zero1 or zero2",
             fix="use one of those, or prune the folder first: plprune prune",
         )
-    modes = {module: module.training for module in model.modules()}
-    source = Held(model.eval())
-    source.spec = spec
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield source
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        source = Held(model)
+        source.spec = spec
+        yield source

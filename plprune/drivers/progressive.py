@@ -24,7 +24,7 @@ from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, check_edits, commit
 from plprune.surgery.lower import lower
 from plprune.surgery.rebuild import keep_edits, plan_for, structure_of
-from plprune.unwrap import unwrap
+from plprune.unwrap import evaluating, unwrap
 
 _DENSE = "plprune_dense"
 
@@ -225,18 +225,14 @@ def probe_loss(model: nn.Module, batch: Batch) -> float:
         Mean loss.
     """
     plain: Any = unwrap(model)
-    modes = {module: module.training for module in plain.modules()}
-    plain.eval()
     device = next(plain.parameters()).device
     inputs: dict[str, Tensor] = {
         key: value.to(device)
         for key, value in batch.items()
         if key in ("input_ids", "attention_mask")
     }
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluating(plain), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         loss = plain(**inputs, labels=inputs["input_ids"], use_cache=False).loss
-    for module, mode in modes.items():
-        module.training = mode
     return float(loss)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from plprune import dist
 from plprune.budget import Budget
 from plprune.drivers.batches import INPUTS, Batch, calibration_hash, empty_calibration, token_mask
-from plprune.drivers.compensated import Compensated
+from plprune.drivers.compensated import parts
 from plprune.drivers.looks import costs, gradients
 from plprune.methods.base import Method, View
 from plprune.observe import Observation, StatMap, check, observe, to_cpu, zeros
@@ -19,7 +19,7 @@ from plprune.plan import Plan
 from plprune.spec import Spec
 from plprune.structured import StructuredMethod
 from plprune.surgery.written import bias_of, weight_of
-from plprune.unwrap import unwrap
+from plprune.unwrap import evaluating, unwrap
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all)."""
@@ -56,25 +56,21 @@ def calibrate(
     taps = [tap for tap in every if not (tap.stat.backward or tap.stat.measured)]
     if not batches and dist.world_size() == 1:
         raise empty_calibration()
-    plain, modes = unwrap(model), {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # Compiled graphs do not see hooks that came after them; calibration runs eagerly.
-        with (
-            torch.no_grad(),
-            observe(model, taps) as seen,
-            torch.compiler.set_stance("force_eager"),
-        ):
-            for number, batch in enumerate(batches):
-                _pass(plain, batch, seen, method.skip_first_tokens)
-                if progress is not None:
-                    progress(number + 1, len(batches))
-            seen.active = False
-            for batch in idle:
-                _pass(plain, batch, seen, 0)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    plain = unwrap(model)
+    # Compiled graphs do not see hooks that came after them; calibration runs eagerly.
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        observe(model, taps) as seen,
+        torch.compiler.set_stance("force_eager"),
+    ):
+        for number, batch in enumerate(batches):
+            _pass(plain, batch, seen, method.skip_first_tokens)
+            if progress is not None:
+                progress(number + 1, len(batches))
+        seen.active = False
+        for batch in idle:
+            _pass(plain, batch, seen, 0)
     # A rank without batches joins the sum with zeros.
     stats = dist.reduce({**zeros(model, taps), **seen.stats})
     check(stats, taps)
@@ -92,7 +88,7 @@ def _more(
     losses = [tap for tap in every if tap.stat.measured]
     more = gradients(model, spec, back, batches) if back else {}
     if losses:
-        inner = method.method if isinstance(method, Compensated) else method
+        inner = parts(method)[0]
         assert isinstance(inner, StructuredMethod), "allocations belong to structured methods"
         scores = inner.scores(view_of(model, spec, ({**found, **more}, "")))
         more |= costs(model, spec, losses, scores, batches)

@@ -11,23 +11,21 @@ from torch import nn
 from plprune.budget import Budget
 from plprune.count import count_params
 from plprune.drivers.batches import calibration_hash
-from plprune.drivers.blocks import begin, budget_of, prune_block
+from plprune.drivers.blocks import prune_blocks
 from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
 from plprune.lit import progress
 from plprune.lit.calibration import Share
 from plprune.lit.kept_zeros import count_zeros, share_of_zeros
-from plprune.lit.progress import Progress
 from plprune.lit.strategies import adapter_for
 from plprune.lora import any_adapter
 from plprune.methods.base import Method
 from plprune.plan import Mask, Plan
 from plprune.sharded import any_sharded
-from plprune.sparse import drops
 from plprune.streaming.blocks import Held
-from plprune.streaming.hidden import InMemory
 from plprune.surgery.apply import check_edits
 from plprune.surgery.written import new_values
+from plprune.unwrap import evaluating
 
 
 class Live(Held):
@@ -80,46 +78,24 @@ def zeroed(
         A plan without edits that stands for all that were carried out.
     """
     model = progressive.model
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     calibration = calibration_hash(share.batches)
     shown = progress.shown(trainer, f"zeros by {method.label}", "blocks")
-    try:
-        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-            hashes = _blocks(Live(trainer, model), method, budget, share, calibration, shown)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with (
+        evaluating(model),
+        trainer.precision_plugin.forward_context(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        plans = prune_blocks(
+            Live(trainer, model), method, budget, share.batches, calibration, share.idle, shown
+        )
     return Plan(
         edits=(),
         fingerprint=progressive.spec.fingerprint,
         method=method.label,
-        hyper={**method.hyper(), "parts": hashes},
+        hyper={**method.hyper(), "parts": [plan.hash for plan in plans]},
         asked=budget,
         calibration=calibration,
     )
-
-
-def _blocks(
-    source: Live,
-    method: Method,
-    budget: Budget,
-    share: Share,
-    calibration: str,
-    shown: Progress,
-) -> list[str]:
-    """Prune all blocks; hashes of what was done, in order."""
-    budgets, hashes = budget_of(source.spec, drops(source.spec, budget)), []
-    needs = bool(method.taps(source.spec))
-    batches, idle = (share.batches, share.idle) if needs else ((), ())
-    stream = begin(source, batches, method.skip_first_tokens, InMemory, calibration, idle)
-    for number in range(len(source)):
-        with source.block(number) as block:
-            hashes += [plan.hash for plan in prune_block(stream, number, block, method, budgets)]
-            if needs and number + 1 < len(source):
-                stream.forward(number, block)
-        shown(number + 1, len(source))
-    return hashes
 
 
 def said(

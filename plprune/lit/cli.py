@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -258,9 +259,7 @@ def _not_written(error: OSError) -> ConfigError:
 def _lazy(name: str) -> Callable[[Sequence[str]], None]:
     def run(args: Sequence[str]) -> None:
         # Each command brings its own dependencies; `fit` must not pay for them.
-        from plprune.lit import commands
-
-        getattr(commands, name)(args)
+        import_module(f"plprune.lit.{name}_command").run(args)
 
     return run
 

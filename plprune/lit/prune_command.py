@@ -13,8 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from plprune import dist
 from plprune.callbacks.export import require_writable
 from plprune.callbacks.prune import Prune
-from plprune.compensate import Compensation
-from plprune.drivers.compensated import Compensated
+from plprune.drivers.compensated import parts
 from plprune.drivers.one_shot import Done, Job, prune
 from plprune.errors import ConfigError
 from plprune.lit.launched import process_group
@@ -22,7 +21,6 @@ from plprune.lit.parts_cli import PartsCLI
 from plprune.lit.progress import counted
 from plprune.lit.tables import lines, show, span
 from plprune.load import STRUCTURE_FILE, folder_of
-from plprune.methods.base import Method
 
 HELP = """usage: plprune prune --config FILE [--config FILE ...] [--key value ...] --output DIR
 
@@ -106,11 +104,7 @@ def _checked(given: Any, pruner: Prune) -> Path:
 
 
 def _job(given: Any, made: Any, target: Path, device: str) -> Job:
-    method: Method = made.prune.method
-    compensation: Compensation | None = None
-    if isinstance(method, Compensated):
-        compensation = method.compensation
-        method = method.method
+    method, compensation = parts(made.prune.method)
     with dist.together():
         folder = folder_of(made.model.pretrained)
         needs = compensation is not None or method.needs_data

@@ -15,7 +15,7 @@ from plprune import sensitivity, sensitivity_page
 from plprune.allocation import Uniform
 from plprune.callbacks.export import require_writable
 from plprune.describe import describe
-from plprune.drivers.compensated import Compensated
+from plprune.drivers.compensated import parts
 from plprune.drivers.whole import calibrate, view_of
 from plprune.errors import ConfigError
 from plprune.lit.launched import process_group
@@ -107,7 +107,7 @@ def _measured(
 
 def _method(given: Any) -> StructuredMethod:
     """The method without its compensation, and without losses measured for an allocation."""
-    method = given.method if isinstance(given, Compensated) else given
+    method = given and parts(given)[0]
     if not isinstance(method, StructuredMethod):
         raise ConfigError(
             "sensitivity needs scores of units",
