@@ -18,7 +18,7 @@ from plprune.export import save_hf
 from plprune.export_card import CardInfo
 from plprune.export_config import Mode
 from plprune.lit import guard, measured, outputs
-from plprune.lit.foreseen import require_exportable
+from plprune.lit.foreseen import require_exportable, warn_wider
 from plprune.lit.strategies import adapter_for
 from plprune.load import STRUCTURE_FILE, load_tokenizer
 from plprune.lora import Injected
@@ -100,6 +100,8 @@ class ExportHF(Callback):
             guard.ensure_model(pl_module)
             model = find_model(pl_module, self.attribute)
             require_exportable(trainer, unwrap(model), self.directory, self.mode, self._dtype())
+            remote = bool(getattr(pl_module, "trust_remote_code", False))
+            warn_wider(unwrap(model), self._dtype(), trust_remote_code=remote)
             self._dense, self._loaded = describe(model), None
             with together():
                 if trainer.is_global_zero:
@@ -192,11 +194,12 @@ def require_writable(
         ExportError: naming the directory and the way out.
     """
     if directory.exists() and not overwrite:
+        file = directory.is_file()
         raise ExportError(
-            "the target directory exists",
+            "the target directory is a file" if file else "the target directory exists",
             given=str(directory),
             allowed="a directory that does not exist yet",
-            fix=f"choose another one, or replace it with {key}",
+            fix="choose another one" + ("" if file else f", or replace it with {key}"),
         )
     if directory.exists():
         names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {""}

@@ -108,8 +108,8 @@ class Prune(Callback):
             return
         guard.require_same(pl_module, self._describe(pl_module).model, self.attribute)
         require_cuttable(trainer, reset=self.optimizer_state == "reset")
-        for row in planned.table(self.plan_cuts(trainer, pl_module)):
-            log.info("%-4s %-8s %s", *row)
+        cuts, dense = self.plan_cuts(trainer, pl_module), self._describe(pl_module).dense
+        planned.announce(dense, self.budget, cuts)
         masked = not planned.commits_all(self.commit, len(self.cuts))
         guard.refuse_dora(pl_module, masked=masked, refitted=isinstance(self.method, Compensated))
         if self.method.order == "blocks":

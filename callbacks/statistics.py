@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from plprune.budget import require_numbers
 from plprune.drivers.batches import Batch
@@ -16,9 +16,12 @@ from plprune.lit import calibration
 Source = Literal["fresh", "fixed", "training"]
 
 
-@dataclass(kw_only=True)
-class Statistics:
-    """Source of the activations a method scores."""
+@dataclass(kw_only=True, eq=False)
+class Statistics(Callback):
+    """Source of the activations a method scores: `Prune(..., statistics=Statistics(...))`.
+
+    A callback only so that one in the trainer's list can say where it belongs.
+    """
 
     source: Source = "fresh"
     """A `fresh` seeded calibration draw at each cut, the same `fixed` one, or the `training` passes
@@ -55,6 +58,14 @@ class Statistics:
                 "empty prune.statistics.window", given=str(self.window), allowed="1 or more steps"
             )
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a place in the trainer's list.
+
+        Raises:
+            ConfigError: always; `Prune` does not call it.
+        """
+        raise _misplaced()
+
     def require_source(self, trainer: Trainer) -> None:
         """Refuse a run that could not calibrate, before it starts.
 
@@ -62,9 +73,12 @@ class Statistics:
             trainer: with its data module.
 
         Raises:
+            ConfigError: if statistics stand in the trainer's list.
             DataError: if neither the data module nor the callback has calibration batches, or
                 those of the callback cannot be used.
         """
+        if any(isinstance(c, Statistics) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise _misplaced()
         if (
             self.source != "training"
             and self.batches is None
@@ -74,8 +88,8 @@ class Statistics:
                 "no source of calibration batches",
                 given=f"data module {type(getattr(trainer, 'datamodule', None)).__name__}",
                 allowed="a data module with calibration_batches(step, fixed), or batches",
-                fix="use LitTokens (with calibration_samples above 0), pass "
-                "Statistics(batches=[...]), or set source: training",
+                fix="use LitTokens (with calibration_samples above 0), or "
+                "Prune(..., statistics=Statistics(batches=[...])), or there source: training",
             )
         self._keep()
         # Other iterables, such as a DataLoader, draw random numbers: they wait for their cut.
@@ -119,3 +133,12 @@ class Statistics:
         share = calibration.share_of(trainer, self.batches, cut, fixed=fixed)
         self.probe = share.probe
         return share
+
+
+def _misplaced() -> ConfigError:
+    return ConfigError(
+        "Statistics is no callback of its own",
+        given="Statistics in trainer.callbacks",
+        allowed="an argument of Prune",
+        fix="Prune(..., statistics=Statistics(...)); in YAML prune.statistics",
+    )

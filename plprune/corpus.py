@@ -13,7 +13,7 @@ from torch import Tensor
 from plprune.data import data_hash, pack, reserve, tokenize
 from plprune.errors import ConfigError, DataError
 from plprune.evaluate import Windows, windows_from_source
-from plprune.text import Rows, read_texts, source_kind
+from plprune.text import Rows, pieces, read_texts, source_kind
 
 POOL = 4
 """A pool drawn from the training text holds this many times `calibration_samples`, if it can."""
@@ -83,6 +83,12 @@ class Corpus:
     def sources(self) -> list[str]:
         """All sources."""
         return [*self.train, *(name for name in (self.val, self.calibration) if name is not None)]
+
+    @property
+    def measures_training_text(self) -> bool:
+        """Whether the text to measure on is, or is part of, what is trained or calibrated on."""
+        read = [*self.train, *([] if self.calibration is None else [self.calibration])]
+        return self.val is not None and bool(pieces(self.val) & set().union(*map(pieces, read)))
 
     def texts(self, source: str) -> list[str]:
         """Documents of a source."""
@@ -215,6 +221,7 @@ def describe_data(corpus: Corpus, training: Training, windows: Windows | None) -
     if windows is not None:
         block["validation"] = {
             "sources": [windows.source],
+            **({"also_trained_on": True} if corpus.measures_training_text else {}),
             "seq_len": corpus.val_seq_len,
             "windows": len(windows.input_ids),
             "token_sha256": data_hash(windows.input_ids),

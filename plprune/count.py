@@ -57,6 +57,8 @@ class Tally:
     """KV-cache bytes per token."""
     bytes: int
     """Bytes of all parameter tensors as they are stored, adapters left out."""
+    formats: str
+    """Number formats of those tensors."""
     adapter_params: int
     """Parameters of LoRA adapters, not part of `params`."""
     context: int
@@ -170,12 +172,14 @@ def tally(model: nn.Module, spec: Spec, *, context: int = 2048) -> Tally:
     plain = unwrap(model)
     family = family_of(plain)
     inside = linears = embedding = other = adapters = stored = 0
+    formats: set[str] = set()
     for name, parameter in plain.named_parameters():
         owner = name.replace(".base_layer", "").rpartition(".")[0]
         if is_adapter_parameter(name):
             adapters += full_shape(parameter).numel()
             continue
         stored += full_shape(parameter).numel() * parameter.element_size()
+        formats.add(str(parameter.dtype).removeprefix("torch."))
         if owner in spec.linears:
             linears += full_shape(parameter).numel()
         elif name.startswith(f"{family.blocks}."):
@@ -197,6 +201,7 @@ def tally(model: nn.Module, spec: Spec, *, context: int = 2048) -> Tally:
         flops=count_flops(spec, context=context),
         kv_cache=kv_cache_bytes(spec),
         bytes=stored,
+        formats=" and ".join(sorted(formats)),
         adapter_params=adapters,
         context=context,
     )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
-from plprune.allocate import units_per_group
+from plprune.allocate import fixed_widths, sizes_of, units_per_group
 from plprune.budget import Budget
+from plprune.count import price
 from plprune.errors import BudgetError, ConfigError
 from plprune.methods.base import Method
 from plprune.schedule import Length, Schedule
 from plprune.spec import Spec
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,48 @@ def require_ahead(spec: Spec, left: Sequence[Cut]) -> None:
                     fix="resume with the budget of the checkpoint or a smaller one, or from an "
                     "earlier checkpoint",
                 )
+
+
+def announce(spec: Spec, budget: Budget | None, planned: Sequence[Cut]) -> None:
+    """Print the schedule of a run, and a warning if it misses its budget by far.
+
+    Args:
+        spec: the dense model.
+        budget: that was asked for.
+        planned: cuts in order.
+    """
+    for row in table(planned):
+        log.info("%-4s %-8s %s", *row)
+    if budget is not None and (note := missed(spec, budget, planned)):
+        log.warning("%s", note)
+
+
+def missed(spec: Spec, budget: Budget, planned: Sequence[Cut]) -> str:
+    """What to say of a budget that multiples of units miss by far.
+
+    Args:
+        spec: the dense model.
+        budget: that was asked for.
+        planned: its cuts.
+
+    Returns:
+        A sentence; empty if the last cut comes within 5 % of the dense quantity.
+    """
+    widths = planned[-1].budget.widths if planned else {}
+    coarse = {
+        kind: step for kind, step in budget.multiple_of.items() if step > 1 and kind in widths
+    }
+    if budget.keep is None or not coarse or any(kind in budget.widths for kind in coarse):
+        return ""
+    sizes = sizes_of(spec, fixed_widths(spec, planned[-1].budget))
+    got = price(spec, budget, sizes) / price(spec, budget)
+    if budget.keep - got < 0.05:
+        return ""
+    named = ", ".join(f"{kind}: {step}" for kind, step in coarse.items())
+    return (
+        f"widths in multiples ({named}) leave {got:.1%} where {budget.keep:.1%} was asked for; "
+        "a smaller budget.multiple_of comes closer"
+    )
 
 
 def table(planned: Sequence[Cut]) -> list[tuple[str, ...]]:

@@ -120,6 +120,21 @@ def text_hash(texts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
+def pieces(source: str) -> set[str]:
+    """What a source reads: the paths of its files, or its own name.
+
+    Args:
+        source: see the top of this module.
+
+    Returns:
+        Resolved paths, `pydoc`, or the name of a hub data set with its split.
+    """
+    kind = source_kind(source)
+    if kind in ("file", "folder"):
+        return {str(path.resolve()) for path in _files(source, kind)}
+    return {source if kind == "pydoc" or ":" in source else f"{source}:train"}
+
+
 def _files(source: str, kind: Kind) -> list[Path]:
     """Files of a source, sorted by name."""
     path = Path(source).expanduser()

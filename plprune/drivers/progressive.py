@@ -180,6 +180,13 @@ class Progressive:
             StructureError: if the structure is damaged or belongs to another base model.
         """
         committed, tied = state["committed"], is_tied(unwrap(self.model))
+        if committed["family"] != self.dense.family:
+            raise StructureError(
+                "the checkpoint is of a model of another architecture",
+                given=self.dense.family,
+                allowed=str(committed["family"]),
+                fix="use the base model of the checkpoint",
+            )
         if state.get("tied", tied) != tied:
             raise StructureError(
                 "the checkpoint is of a model whose output head is tied otherwise",

@@ -78,7 +78,8 @@ def require_usable(batches: Sequence[Any], origin: str, vocabulary: int | None =
             "no calibration batches",
             given=f"0 batches from the {origin}",
             allowed="dicts with input_ids [B, T]",
-            fix="use plprune.lit.data.LitTokens, or pass Statistics(batches=[...]) to Prune",
+            fix="use plprune.lit.data.LitTokens, or "
+            "Prune(..., statistics=Statistics(batches=[...]))",
         )
     for number, batch in enumerate(batches):
         problem = _problem(batch, vocabulary)

@@ -6,6 +6,7 @@ Everything is tokenised once, when the data module is set up, and kept in memory
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -20,6 +21,8 @@ from plprune.lit.calibration import rank_and_world
 from plprune.lit.loader import RankSampler, TokenLoader, TokenRows, collated
 from plprune.load import load_tokenizer
 from plprune.text import Rows, source_kind
+
+log = logging.getLogger(__name__)
 
 _MEASURES = ("validate", "test", "predict")
 """What a trainer may do besides training."""
@@ -121,6 +124,11 @@ class LitTokens(LightningDataModule):
         warnings.filterwarnings("ignore", message=".*dataloader' does not have many workers.*")
         if stage in ("fit", None):
             self._loader = self._position = None  # of an earlier run
+            if self.corpus.measures_training_text:
+                log.warning(
+                    "data.val is, or is part of, the text that is trained or calibrated on: its "
+                    "perplexity says nothing of other text"
+                )
             self.training()
         if self.corpus.val is not None:
             self.windows()

@@ -107,7 +107,8 @@ def _compare(measured: dict[str, Any]) -> dict[str, Any] | None:
 
 def _show(result: dict[str, Any]) -> None:
     found = [result[key] for key in ("dense", "model") if key in result]
-    rows = [("model", "perplexity", "nll", "parameters", "non-embedding", "weights", "KV/token")]
+    head = ("model", "perplexity", "nll", "parameters", "non-embedding", "weights here", "KV/token")
+    rows = [head]
     for one in found:
         sizes = one["sizes"]
         rows.append(
@@ -117,7 +118,7 @@ def _show(result: dict[str, Any]) -> None:
                 f"{one['mean_nll']:.5f}",
                 short(sizes["params"]["model"]),
                 short(sizes["params"].get("non_embedding")),
-                short(sizes["bytes"], "B"),
+                " ".join(filter(None, (short(sizes["bytes"], "B"), sizes.get("formats")))),
                 short(sizes.get("kv_cache"), "B"),
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from torch import nn
 from plprune.allocate import sizes_of
 from plprune.count import count_params
 from plprune.describe import describe
-from plprune.errors import ExportError
+from plprune.errors import ExportError, PlpruneError
 from plprune.export_config import Mode, target_for
 from plprune.export_folder import require_space
 from plprune.export_weights import is_tied, tensors_of
 from plprune.lit import guard
 from plprune.lora import any_adapter
-from plprune.skeleton import shrink, skeleton
+from plprune.skeleton import config_of, shrink, skeleton
+
+log = logging.getLogger(__name__)
 
 
 def require_exportable(
@@ -105,3 +108,32 @@ def _require_space(
     stored: Any = dtype or next(model.parameters()).dtype
     parent = next(p for p in directory.absolute().parents if p.exists())
     require_space(parent, int(number) * stored.itemsize)
+
+
+def warn_wider(model: nn.Module, dtype: torch.dtype | None, *, trust_remote_code: bool) -> None:
+    """Say before training that the export will hold wider numbers than the base model's files.
+
+    A pruned model would then be larger on disk than the one it came from.
+
+    Args:
+        model: plain Hugging Face model.
+        dtype: number format the user chose for the export; None: the model's.
+        trust_remote_code: whether code of the base's folder may run.
+    """
+    base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    if dtype is not None or not base:
+        return
+    try:
+        stored = getattr(config_of(base, trust_remote_code=trust_remote_code), "dtype", None)
+    except PlpruneError:  # a base that is not here any more: nothing to compare
+        return
+    own = next(model.parameters()).dtype
+    if isinstance(stored, torch.dtype) and own.itemsize > stored.itemsize:
+        formats = [str(one).removeprefix("torch.") for one in (own, stored)]
+        log.warning(
+            "the export will hold %s, the files of the base model %s: set export.dtype: %s "
+            "(ExportHF(..., dtype=%r)) to write no wider numbers than they have",
+            *formats,
+            formats[1],
+            formats[1],
+        )

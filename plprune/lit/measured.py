@@ -31,7 +31,10 @@ def sizes(dense: Tally, now: Tally) -> dict[str, SizePair]:
         f"params_{base}": SizePair(dense=dense.params.of(base), pruned=now.params.of(base))
         for base in ("prunable", "blocks", "non_embedding", "model")
     }
-    pairs["bytes"] = SizePair(dense=dense.bytes, pruned=now.bytes)
+    formats = dict.fromkeys((dense.formats, now.formats))
+    pairs["bytes"] = SizePair(
+        dense=dense.bytes, pruned=now.bytes, note=f"{', then '.join(formats)} while it is trained"
+    )
     pairs["flops_per_token"] = SizePair(
         dense=dense.flops.model, pruned=now.flops.model, note=f"at {now.context} tokens of context"
     )

@@ -75,10 +75,17 @@ def readable(error: BaseException, command: str, keys: Iterable[str] = ()) -> Pl
     if mistyped is not None:
         name, value, allowed = mistyped
         return ConfigError(f"cannot use the setting {name}", given=value, allowed=allowed, fix=hint)
+    near, option = _nearest_option(key[1], text), _OPTION.search(text)
+    if option is not None and near.startswith(key[1]):
+        below = f"{key[1]}.init_args" if near.startswith(f"{key[1]}.init_args.") else key[1]
+        name = (option[2] or option[3]).removeprefix("init_args.")
+        return ConfigError(
+            "unknown key", given=f"{below}.{name}", fix=f"did you mean {near}? {hint}"
+        )
+    near = near or _nearest_class(text)
     reasons = _reasons(text)
     if _CLASS.search(reasons) is not None:
         hint = f"check the spelling of class_path and of its init_args; {hint}"
-    near = _nearest_option(key[1], text) or _nearest_class(text)
     return ConfigError(
         f"cannot use the setting {key[1]}",
         given=reasons,

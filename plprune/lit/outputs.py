@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from plprune.errors import ConfigError
+from plprune.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,15 @@ def end_complete_runs(trainer: Trainer) -> None:
                 f"limit_train_batches {trainer.limit_train_batches}",
                 allowed="at least one step before max_steps, max_epochs or max_time",
                 fix="raise them in trainer",
+            )
+        elif 0 <= trainer.max_steps < trainer.global_step:
+            raise CheckpointError(
+                "the checkpoint is past the end of this run",
+                given=f"step {trainer.global_step} in the checkpoint, trainer.max_steps "
+                f"{trainer.max_steps}",
+                allowed=f"max_steps of at least {trainer.global_step}",
+                fix="set max_steps of the run the checkpoint is from; to write its model as it "
+                "is: plprune export --ckpt_path FILE --out DIR",
             )
         else:
             log.info(

@@ -62,7 +62,7 @@ def facts(run: Run) -> dict[str, Any]:
         "budget_base": "-" if budget is None else f"{budget.of}, {budget.base}",
         "widths": _final(spec, rows[-1]),
         **memory,
-        "notes": [*_notes(run), *notes],
+        "notes": [*_notes(run), *_missed(run, spec, cuts), *notes],
     }
 
 
@@ -132,6 +132,11 @@ def _final(spec: Spec, last: dict[str, Any]) -> dict[str, Any]:
         kind: {"dense": units_per_group(spec, kind), "kept": list(kept)}
         for kind, kept in last["widths"].items()
     }
+
+
+def _missed(run: Run, spec: Spec, cuts: tuple[Cut, ...]) -> list[str]:
+    note = "" if run.pruner is None else planned.missed(spec, run.pruner.budget, cuts)
+    return [note] if note else []
 
 
 def _notes(run: Run) -> list[str]:

@@ -31,18 +31,27 @@ def require_readable(path: Any) -> None:
         return
     if not file.exists():
         raise CheckpointError("there is no such checkpoint", given=str(path), fix="check ckpt_path")
+    with file.open("rb") as opened:
+        if file.stat().st_size and not b"PK\x03\x04".startswith(opened.read(4)):
+            raise _no_checkpoint(f"{path}, another kind of file")
     if not zipfile.is_zipfile(file):
         raise damaged(path, f"{file.stat().st_size} bytes without an end")
     with contextlib.suppress(pickle.UnpicklingError):  # said, or allowed, where it is loaded
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         keys = list(found) if isinstance(found, dict) else []
         if not {"state_dict", "pytorch-lightning_version"} <= set(keys):
-            raise CheckpointError(
-                "this is no checkpoint of Lightning",
-                given=f"{path}, which holds {', '.join(map(str, keys[:3])) or type(found)}",
-                allowed="what ModelCheckpoint or trainer.save_checkpoint wrote",
-                fix="check ckpt_path; give weights alone as model.pretrained",
+            raise _no_checkpoint(
+                f"{path}, which holds {', '.join(map(str, keys[:3])) or type(found)}"
             )
+
+
+def _no_checkpoint(given: str) -> CheckpointError:
+    return CheckpointError(
+        "this is no checkpoint of Lightning",
+        given=given,
+        allowed="what ModelCheckpoint or trainer.save_checkpoint wrote",
+        fix="check ckpt_path; give weights alone as model.pretrained",
+    )
 
 
 def damaged(path: Any, why: str) -> CheckpointError:

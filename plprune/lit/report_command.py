@@ -39,6 +39,13 @@ def run(args: Sequence[str]) -> None:
         raise ExportError(
             "not a report", given=f"{source} with a {type(data).__name__}", allowed="a JSON object"
         )
+    if not {"format", "verdict"} <= set(data):
+        raise ExportError(
+            "not a report",
+            given=f"{source} with the keys {', '.join(sorted(data)[:3]) or 'none'}",
+            allowed="a report.json that plprune wrote, or its folder",
+            fix="check the path",
+        )
     try:
         report = Report.from_json(data)
         list(verdict(report))  # what is missing shows when it is read

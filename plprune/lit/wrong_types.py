@@ -36,15 +36,20 @@ def wrong_type(text: str) -> tuple[str, str, str] | None:
         something else.
     """
     keys: list[str] = []
-    allowed: dict[str, None] = {}  # a set that keeps its order
+    allowed: dict[str, int] = {}  # text -> how far its line is indented
+    inner = 0  # indentation of the last key: what stands left of it is said of a key around it
     value: str | None = None
-    for line in (line.strip() for line in text.splitlines()):
+    for raw in text.splitlines():
+        line = raw.strip()
+        indented = len(raw) - len(raw.lstrip())
         expected, key, given = _EXPECTED.fullmatch(line), _KEY.match(line), _GIVEN.fullmatch(line)
         if expected is not None:
-            allowed[expected["choices"] or _NAMES[expected["kind"]]] = None
+            name = expected["choices"] or _NAMES[expected["kind"]]
+            allowed[name] = max(indented, allowed.get(name, 0))
             value = value or expected["value"]
         elif key is not None:
             keys.append(key[1])
+            inner = indented
             rest = line[key.end() :].strip().lstrip(":").strip()
             if rest and not _FRAME.fullmatch(rest) and not _EXPECTED.fullmatch(rest):
                 return None
@@ -52,6 +57,7 @@ def wrong_type(text: str) -> tuple[str, str, str] | None:
             value = value or given[1]  # that of the innermost comes first
         elif not _FRAME.fullmatch(line):
             return None
-    if not (keys and allowed and value):
+    own = [name for name, indented in allowed.items() if indented >= inner]
+    if not (keys and own and value):
         return None
-    return ".".join(keys), value, ", ".join(sorted(allowed, key="null".__eq__))
+    return ".".join(keys), value, ", ".join(sorted(own, key="null".__eq__))

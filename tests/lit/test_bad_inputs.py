@@ -292,8 +292,16 @@ CASES = {
         more=("--prune.bugdet.keep", "0.5"),
     ),
     "typo in a key of a dataclass": Case(
-        message="'keeep' is not accepted; fix: did you mean prune.budget.keep? ",
+        message="unknown key: given prune.budget.keeep; fix: did you mean prune.budget.keep? ",
         more=("--prune.budget.keeep", "0.5"),
+    ),
+    "unknown choice in a dataclass": Case(
+        message="prune.budget.of: given parms; allowed 'params', 'flops', 'kv_cache'; fix",
+        keys={"prune.budget.of": "parms"},
+    ),
+    "checkpoint of another kind": Case(
+        message="model.safetensors, another kind of file; allowed what ModelCheckpoint",
+        more=("--ckpt_path", "BASE/model.safetensors"),
     ),
     "typo in a key of a class": Case(
         message="fix: did you mean prune.method.init_args.attention? ",

@@ -232,7 +232,7 @@ def test_plan_refuses_what_it_cannot_know(
         ),
         (
             {"prune__schedule__init_args": {"cutz": 3}},
-            ["prune.schedule", "Option 'cutz' is not accepted"],
+            ["unknown key: given prune.schedule.init_args.cutz", "init_args.cuts?"],
         ),
         ({"data__seq_len": "long"}, ["data.seq_len"]),
     ],
@@ -662,7 +662,9 @@ def test_report_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     file = tmp_path / "report.json"
     file.write_text("[]", encoding="utf-8")
     assert "not a report: given" in refused(capsys, "report", str(file))
-    file.write_text("{}", encoding="utf-8")
+    file.write_text('{"loss": 1}', encoding="utf-8")
+    assert "not a report: given" in refused(capsys, "report", str(file))
+    file.write_text('{"format": "plprune.report/0", "verdict": []}', encoding="utf-8")
     assert "not a report of this version" in refused(capsys, "report", str(file))
 
 

@@ -23,9 +23,11 @@ from plprune import quickstart
 from plprune.budget import Budget
 from plprune.callbacks import ExportHF, LoRARecovery, PruneReport
 from plprune.compensate import LeastSquares
-from plprune.errors import ConfigError, ExportError
+from plprune.errors import CheckpointError, ConfigError, ExportError
 from plprune.lit.cli import main
+from plprune.load import load_hf
 from plprune.lora import any_adapter
+from plprune.schedule import Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
 
@@ -79,6 +81,39 @@ def test_a_run_killed_after_its_last_step_is_brought_to_its_end(
     assert not any_adapter(resumed)
     assert weights_in(tmp_path / "killed") == weights_in(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path / "killed")) == ["adapter", "model", "report"]
+
+
+def test_a_checkpoint_past_the_end_of_a_run_is_refused(tmp_path: Path) -> None:
+    """Going on would export a model of which not all cuts were made."""
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=6)
+    schedule = Linear(cuts=3, begin=0, end=0.9, unit="fraction")
+    fit(User(dtype=torch.float32), [saver, prune(schedule)], enable_checkpointing=True)
+    last = next((tmp_path / "ckpt").glob("*.ckpt"))
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=6)
+    callbacks = [saver, prune(schedule), ExportHF(str(tmp_path / "model"), tokenizer="none")]
+    more: dict[str, Any] = {"enable_checkpointing": True, "ckpt_path": last, "max_steps": 5}
+    with pytest.raises(CheckpointError, match=r"step 12 in the checkpoint, trainer\.max_steps 5"):
+        fit(User(dtype=torch.float32), callbacks, **more)
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_export_wider_than_its_base_is_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bfloat16 model trained as float32 would become larger on disk than it was."""
+    tiny.model(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+
+    def said(dtype: Any, loaded: torch.dtype) -> bool:
+        caplog.clear()
+        module = User(dtype=torch.float32)
+        module.policy = load_hf(tmp_path / "base", dtype=loaded).train()
+        folder = str(tmp_path / f"{dtype}-{loaded}")
+        fit(module, [ExportHF(folder, dtype=dtype, tokenizer="none")], max_steps=1)
+        return "set export.dtype: bfloat16" in caplog.text
+
+    assert said(None, torch.float32)
+    assert not said("float32", torch.float32)  # asked for
+    assert not said(None, torch.bfloat16)
 
 
 def test_the_last_checkpoint_holds_what_was_trained(tmp_path: Path) -> None:

@@ -237,6 +237,16 @@ def test_a_run_without_a_source_is_refused_before_training() -> None:
     assert module.losses == []
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_statistics_in_the_list_of_callbacks_say_where_they_belong(first: bool) -> None:
+    module, statistics = User(), Statistics(batches=tiny.batches(1))
+    pruner = Prune(TransAct(), fitting.BUDGET)
+    callbacks = [statistics, pruner] if first else [pruner, statistics]
+    with pytest.raises(ConfigError, match=r"no callback of its own: .* fix: Prune\(\.\.\., statis"):
+        fit(module, callbacks)
+    assert module.losses == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -315,3 +315,25 @@ def test_blocks_of_one_row_are_batches_too():
     assert Blocks(input_ids=torch.arange(6).reshape(2, 3)).batch(slice(1, 2))[
         "labels"
     ].tolist() == [[3, 4, 5]]
+
+
+def test_text_that_is_trained_on_and_measured_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("some text", encoding="utf-8")
+    (tmp_path / "c.txt").write_text("some text", encoding="utf-8")
+
+    def noticed(train: str, val: str | None, calibration: str | None = None) -> bool:
+        corpus = Corpus(train=(train,), tokenizer="t", val=val, calibration=calibration)
+        return corpus.measures_training_text
+
+    other = str(tmp_path / "c.txt")
+    assert noticed("pydoc", "pydoc")
+    assert noticed(str(folder), str(folder / "b.txt"))
+    assert noticed(str(folder / "a.txt"), str(tmp_path / "texts" / ".." / "texts" / "a.txt"))
+    assert noticed(other, str(folder), calibration=str(folder / "a.txt"))
+    assert noticed("org/set", "org/set:train")
+    assert not noticed("org/set:train", "org/set:test")
+    assert not noticed(str(folder), other)
+    assert not noticed(other, None)

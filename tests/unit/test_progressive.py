@@ -187,3 +187,11 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     mask = torch.ones_like(tiny.tokens())
     mask[:, 5:] = 0
     assert probe_loss(model, {**batch, "attention_mask": mask}) != loss
+
+
+def test_another_architecture_is_named() -> None:
+    """Not the first difference that shows, such as another number of blocks or a tied head."""
+    _, progressive = state_of("c")
+    other = Progressive(tiny.model("qwen2-mqa-tied"))
+    with pytest.raises(StructureError, match="another architecture: given qwen2; allowed llama"):
+        other.restore(progressive.state())

@@ -11,7 +11,7 @@ import tiny
 from plprune.allocate import sizes_of
 from plprune.budget import Budget
 from plprune.count import count_params
-from plprune.cuts import cuts, step_widths, table
+from plprune.cuts import cuts, missed, step_widths, table
 from plprune.describe import describe
 from plprune.errors import BudgetError, ConfigError
 from plprune.methods.base import Method
@@ -330,3 +330,21 @@ def test_cuts_that_cannot_be() -> None:
     # A single cut that keeps everything is legal.
     (one,) = cuts(spec, method, Budget(keep=1.0), OneShot(), SHORT)
     assert one.budget.widths["mlp"] == [40, 40]
+
+
+@pytest.mark.parametrize(("multiple", "says"), [(32, True), (1, False)])
+def test_a_budget_that_multiples_miss_by_far_is_said(multiple: int, says: bool) -> None:
+    spec = describe(tiny.meta())
+    budget = Budget(keep=0.97, multiple_of={"mlp": multiple})
+    note = missed(spec, budget, cuts(spec, TransAct(attention="none"), budget, OneShot(), LONG))
+    assert bool(note) == says
+    if says:
+        assert note.startswith("widths in multiples (mlp: 32) leave ")
+        assert "where 97.0% was asked for" in note
+
+
+def test_widths_that_were_asked_for_miss_nothing() -> None:
+    spec = describe(tiny.meta())
+    budget = Budget(keep=0.99, widths={"mlp": 8})
+    planned = cuts(spec, TransAct(attention="none"), budget, OneShot(), LONG)
+    assert missed(spec, budget, planned) == ""
