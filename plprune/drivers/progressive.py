@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.budget import Budget
-from plprune.count import count_params
+from plprune.count import count_params, price
 from plprune.describe import describe
 from plprune.drivers.batches import Batch
 from plprune.drivers.whole import Progress, calibrate, decide
@@ -75,8 +76,25 @@ class Progressive:
         return calibrate(self.model, self.spec, method, batches, progress, idle)
 
     def decide(self, method: Method, budget: Budget, seen: tuple[StatMap, str]) -> Plan:
-        """Plan in the coordinates of the model as it is now; see `drivers.whole.decide`."""
-        return decide(self.model, self.spec, method, budget, seen)
+        """Plan in the coordinates of the model as it is now; see `drivers.whole.decide`.
+
+        Args:
+            method: decides.
+            budget: of the dense model, whatever earlier cuts have left.
+            seen: from `calibrate`.
+        """
+        return decide(self.model, self.spec, method, self.left(budget), seen)
+
+    def left(self, budget: Budget) -> Budget:
+        """A budget of the dense model as one of the model as it is now.
+
+        Args:
+            budget: any.
+        """
+        if budget.keep is None:
+            return budget
+        share = float(price(self.dense, budget) / price(self.spec, budget))
+        return replace(budget, keep=min(1.0, budget.keep * share))
 
     def mask(self, plan: Plan) -> None:
         """Take the plan's units out of the computation without touching a tensor.

@@ -10,11 +10,15 @@ from torch import Tensor
 import fitting
 import tiny
 from fitting import User, Validated, fit, gap, hashes, linear, prune
+from plprune.allocation import Allocation, GlobalThreshold, Uniform
+from plprune.budget import Budget
 from plprune.callbacks import Prune, Statistics
+from plprune.count import count_params
 from plprune.describe import describe
 from plprune.drivers.batches import token_mask
 from plprune.errors import ConfigError, DataError
 from plprune.lit.watch import Watch
+from plprune.methods.flap import FLAP
 from plprune.methods.transact import TransAct
 from plprune.schedule import OneShot
 from plprune.skeleton import store_block_inputs
@@ -235,6 +239,20 @@ def test_a_run_without_a_source_is_refused_before_training() -> None:
     ):
         fit(module, [Prune(TransAct(), fitting.BUDGET, statistics=Statistics(batches=[]))])
     assert module.losses == []
+
+
+@pytest.mark.parametrize("allocation", [GlobalThreshold(), Uniform()])
+def test_a_budget_is_of_the_dense_model_at_every_cut(allocation: Allocation) -> None:
+    """Also where widths follow from statistics, of a model that was cut already."""
+    budget = Budget(keep=0.7, multiple_of={})
+    pruner = prune(linear(3, 2, 8), method=FLAP(allocation=allocation), budget=budget)
+    fit(User(), [pruner])
+    progressive = pruner.progressive
+    assert progressive is not None
+    dense = count_params(progressive.dense).non_embedding
+    shares = [h["params_after"]["non_embedding"] / dense for h in progressive.history]
+    for share, asked in zip(shares, (0.9, 0.8, 0.7), strict=True):
+        assert asked - 0.06 < share <= asked  # a unit of this model is 5 % of an MLP, or a group
 
 
 @pytest.mark.parametrize("first", [True, False])
