@@ -9,6 +9,7 @@ that something else has started.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -120,6 +121,9 @@ def _child(
         WORLD_SIZE=str(world),
     )
     torch.set_num_threads(1)
+    # What the parent imported is no rank's garbage: engines are taken down with collections, and
+    # each would look through half a million objects.
+    gc.freeze()
     try:
         outcome: tuple[bool, Any] = (True, function(*args))
     except BaseException:
