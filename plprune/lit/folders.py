@@ -84,7 +84,10 @@ def recover(path: Path) -> None:
         path: where the checkpoint should be.
     """
     if not path.exists() and _beside(path).exists():
-        _beside(path).rename(path)
+        try:
+            _beside(path).rename(path)
+        except FileNotFoundError:  # another process of the run was faster
+            return
         log.warning("%s was being replaced when its run was killed: the one before is back", path)
 
 

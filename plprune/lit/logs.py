@@ -32,8 +32,11 @@ class _Stderr(logging.Handler):
     """Writes to whatever stderr is at the time, as `print` would."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line; of several processes the first says what all of them know."""
-        if rank() > 0 and record.levelno < logging.WARNING:
+        """Write one line; of several processes the first says what all of them know.
+
+        Only errors are of one process.
+        """
+        if rank() > 0 and record.levelno < logging.ERROR:
             return
         sys.stderr.write(self.format(record) + "\n")
         sys.stderr.flush()

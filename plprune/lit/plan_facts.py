@@ -62,7 +62,7 @@ def facts(run: Run) -> dict[str, Any]:
         "budget_base": "-" if budget is None else f"{budget.of}, {budget.base}",
         "widths": _final(spec, rows[-1]),
         **memory,
-        "notes": [*_notes(run), *_missed(run, spec, cuts), *notes],
+        "notes": [*_notes(run, spec, cuts), *notes],
     }
 
 
@@ -134,19 +134,18 @@ def _final(spec: Spec, last: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _missed(run: Run, spec: Spec, cuts: tuple[Cut, ...]) -> list[str]:
-    note = "" if run.pruner is None else planned.missed(spec, run.pruner.budget, cuts)
-    return [note] if note else []
-
-
-def _notes(run: Run) -> list[str]:
+def _notes(run: Run, spec: Spec, cuts: tuple[Cut, ...]) -> list[str]:
+    if run.pruner is None:
+        return []
     notes = []
-    plan = None if run.pruner is None else run.pruner.schedule
+    plan = run.pruner.schedule
     if isinstance(plan, TransActRamp) and plan.tokens_per_step != run.tokens_per_step:
         notes.append(
             f"prune.schedule.tokens_per_step is {plan.tokens_per_step}, a step of this run has "
             f"{run.tokens_per_step} tokens: cuts come after other numbers of tokens than stated"
         )
+    if note := planned.missed(spec, run.pruner.budget, cuts):
+        notes.append(note)
     return notes
 
 

@@ -35,14 +35,11 @@ def run(args: Sequence[str]) -> None:
             allowed="a report.json that plprune wrote, or its folder",
             fix="check the path",
         ) from error
-    if not isinstance(data, dict):
-        raise ExportError(
-            "not a report", given=f"{source} with a {type(data).__name__}", allowed="a JSON object"
-        )
-    if not {"format", "verdict"} <= set(data):
+    if not isinstance(data, dict) or not {"format", "verdict"} <= set(data):
+        keys = f"the keys {', '.join(sorted(data)[:3]) or 'none'}" if isinstance(data, dict) else ""
         raise ExportError(
             "not a report",
-            given=f"{source} with the keys {', '.join(sorted(data)[:3]) or 'none'}",
+            given=f"{source} with {keys or f'a {type(data).__name__}'}",
             allowed="a report.json that plprune wrote, or its folder",
             fix="check the path",
         )

@@ -17,7 +17,7 @@ import fitting
 import strategy_runs as runs
 from plprune.drivers.progressive import Progressive
 from plprune.errors import PlanError
-from plprune.lit import lost
+from plprune.lit import logs, lost
 from plprune.lit.strategies.deepspeed import ZeRO
 from ranks import RankError, run_ranks, start_ranks
 
@@ -98,3 +98,17 @@ def test_words_of_the_libraries_are_known(text: str):
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), PlanError("no"), ValueError("timeout")])
 def test_other_errors_are_left_alone(error: Exception):
     assert lost.said(error) is None
+
+
+def test_what_all_processes_know_is_said_once(capfd: pytest.CaptureFixture[str]):
+    def say() -> None:
+        torch.distributed.init_process_group("gloo")
+        logs.set_up()
+        logging.getLogger("plprune.cuts").warning("known to all")
+        logging.getLogger("plprune.lit.lost").error("of this one")
+        torch.distributed.destroy_process_group()
+
+    run_ranks(say, 2)
+    said = capfd.readouterr().err
+    assert said.count("known to all") == 1
+    assert said.count("of this one") == 2

@@ -160,3 +160,20 @@ def test_a_save_that_dies_leaves_the_checkpoint_before(
     found = resumed("fsdp2", tmp_path, pruned)
     assert found[0]["plans"] == whole[0]["plans"]
     assert runs.gap(found[0], {"losses": whole[0]["losses"][5:]}) < TOLERANCE
+
+
+def test_two_processes_give_a_checkpoint_its_name_back_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both see that the name is missing; the slower one finds the work done."""
+    old = tmp_path / ".last.ckpt.old"
+    old.mkdir()
+    own = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        own(self, target)  # the other process
+        return own(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    folders.recover(tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt").is_dir()
