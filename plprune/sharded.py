@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -55,14 +56,57 @@ def whole(tensor: Tensor) -> Tensor:
     Returns:
         The tensor itself, or what all ranks hold together.
     """
-    sharded: Any = tensor
+    if not is_sharded(tensor):
+        return tensor
+    if not _divided_evenly(tensor):
+        return _as_wrapped(tensor)
+    divided: Any = tensor
+    group = divided.ds_process_group if _is_zero(tensor) else divided.device_mesh.get_group()
+    shape, held = full_shape(tensor), part(tensor).detach()
+    # What the last ranks hold beyond the end is filling, or nothing.
+    world, width = dist.get_world_size(group), 1 if _is_zero(tensor) else shape[1:].numel()
+    length = -(-shape.numel() // width // world) * width
+    with torch.no_grad():
+        full = held.new_empty(shape.numel(), device=_meeting_place(held.device))
+        # Rank by rank into its place: an all-gather holds the tensor twice, gloo's own copy and
+        # ours, or that of the wrapper.
+        for number, piece in enumerate(full.split(length)):
+            if dist.get_rank(group) == number:
+                piece.copy_(held.reshape(-1)[: len(piece)])
+            dist.broadcast(piece, group=group, group_src=number)
+    return full.view(shape).to(held.device)
+
+
+def _divided_evenly(tensor: Tensor) -> bool:
+    """Whether each rank holds equally many rows (FSDP2) or entries (ZeRO-3), the last ones fewer.
+
+    Otherwise (parts kept elsewhere, on a few processes only, or not needed now because the whole
+    is there) those who divided it must put it together.
+    """
+    divided: Any = tensor
+    if _is_zero(tensor):
+        gone = divided.ds_status.name == "NOT_AVAILABLE"
+        world = dist.get_world_size(divided.ds_process_group)
+        return gone and divided.ds_tensor.numel() == -(-divided.ds_numel // world)
+    return divided.device_mesh.ndim == 1 and all(p.is_shard(0) for p in divided.placements)
+
+
+def _as_wrapped(tensor: Tensor) -> Tensor:
+    """Put together by DeepSpeed or torch."""
+    divided: Any = tensor
     if _is_zero(tensor):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
-    full: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
+    full: Tensor = divided.full_tensor()
     return full
+
+
+def _meeting_place(device: torch.device) -> torch.device:
+    """Where broadcasts can work: NCCL moves no CPU tensors, such as offloaded parts."""
+    only_cuda = dist.get_backend() == "nccl" and device.type == "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if only_cuda else device
 
 
 def part(tensor: Tensor) -> Tensor:
@@ -85,8 +129,6 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     """
     divided: Any = tensor
     if _is_zero(tensor):
-        import torch.distributed as dist
-
         length = -(-divided.ds_numel // dist.get_world_size())
         start, stop = dist.get_rank() * length, (dist.get_rank() + 1) * length
         return min(start, divided.ds_numel), min(stop, divided.ds_numel)
@@ -167,8 +209,6 @@ def write(parameter: nn.Parameter, full: Tensor) -> None:
 
 def zero_part(full: Tensor) -> Tensor:
     """This rank's part of a tensor as ZeRO-3 divides it: flat, equal lengths, zeros at the end."""
-    import torch.distributed as dist
-
     rank, world = dist.get_rank(), dist.get_world_size()
     length = -(-full.numel() // world)
     flat = full.reshape(-1)[rank * length : (rank + 1) * length]
