@@ -2,9 +2,10 @@
 
 A random Llama of about 500M parameters is pruned on several processes (gloo, CPUs) under FSDP2 and
 ZeRO-3. Each process samples its own anonymous memory; what it holds at rest before a phase is its
-share, and the claim is that no phase takes more beyond it than the largest piece that must be whole
-at a time (a block, or the embedding), twice: once as it was and once as it becomes, and `SLACK`
-for buffers and activations. For loading the share itself is counted too.
+share. The claim: beyond it, a phase takes the largest piece that must be whole at a time (a block,
+or the embedding) and `SLACK` for buffers and activations; phases that run the model (observe, the
+probe after a cut) take no more than a training step does, in which FSDP2 and DeepSpeed hold a piece
+twice while they gather it. For loading the share itself is counted too.
 
 usage: python benchmarks/shard_memory.py [--ranks 2 4] [--strategies fsdp2 zero3] [--layers 24]
     [--hidden 1280] [--out DIR]
@@ -31,6 +32,8 @@ import common
 MIB = 1 << 20
 SLACK = 96
 """MiB for activations, communication buffers and what the allocator keeps."""
+ROUNDING = 16
+"""MiB by which two peaks of the same kind may differ: they are sampled."""
 QUIET = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Freed tensors go back to the system at once; without this, peaks of earlier phases stay."""
 
@@ -122,14 +125,17 @@ def report(name: str, world: int, found: list[dict[str, Any]]) -> bool:
         f"{name}, {world} processes: {facts['weights'] / MIB:.0f} MiB of float32 weights, "
         f"share {share / MIB:.0f}, largest piece {piece / MIB:.0f}"
     )
-    good = True
+    good, step = True, max(one["phases"]["train"]["extra"] for one in found)
     for phase in facts["phases"]:
         worst = max(one["phases"][phase]["extra"] for one in found)
-        limit = 2 * piece + SLACK * MIB + (share if phase == "load" else 0)
-        good &= worst <= limit
+        limit = piece + SLACK * MIB + (share if phase == "load" else 0)
+        if phase in ("observe", "cut"):
+            limit = max(limit, step + ROUNDING * MIB)
+        good &= phase == "train" or worst <= limit
         common.say(
-            f"  {phase:12} {worst / MIB:7.0f} MiB beyond what was there, limit {limit / MIB:.0f}"
-            + ("" if worst <= limit else "  TOO MUCH")
+            f"  {phase:12} {worst / MIB:7.0f} MiB beyond what was there"
+            + ("" if phase == "train" else f", limit {limit / MIB:.0f}")
+            + ("" if phase == "train" or worst <= limit else "  TOO MUCH")
         )
     return good
 
@@ -139,7 +145,7 @@ class Sampler:
 
     def __init__(self) -> None:
         self.phases: dict[str, dict[str, int]] = {}
-        self._now: str | None = None
+        self._most, self._lock = 0, threading.Lock()
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -147,27 +153,33 @@ class Sampler:
             self._look()
             time.sleep(0.003)
 
-    def _look(self) -> None:
-        name = self._now
-        if name is not None:
-            phase = self.phases[name]
+    def _look(self) -> int:
+        with self._lock:
             now = anonymous()
-            phase["extra"] = max(phase["extra"], now - phase["before"])
-            phase["most"] = max(phase["most"], now)
+            self._most = max(self._most, now)
+            return now
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure a block; of several of the same name the largest counts."""
-        before = anonymous()
-        outer, known = self._now, self.phases.get(name)
-        extra, most = (known["extra"], known["most"]) if known else (0, before)
-        self.phases[name] = {"before": before, "extra": extra, "most": most}
-        self._now = name
+        """Measure a block; of several of the same name the largest counts.
+
+        What is beyond what was there before counts; of a training step what it gives back, for
+        gradients are of a process's share.
+        """
+        outer = self._most
+        with self._lock:
+            there = self._most = anonymous()
         try:
             yield
         finally:
-            self._look()
-            self._now = outer
+            now, most = self._look(), self._most
+            known = self.phases.get(name, {"extra": 0, "most": 0})
+            extra = most - (max(there, now) if name == "train" else there)
+            self.phases[name] = {
+                "extra": max(known["extra"], extra),
+                "most": max(known["most"], most),
+            }
+            self._most = max(outer, most)
 
     def around(self, owner: Any, attribute: str, name: str) -> None:
         """Measure every call of a function."""
@@ -194,6 +206,7 @@ def worker(options: argparse.Namespace) -> int:
     import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loops.optimization import automatic
 
     from plprune.budget import Budget
     from plprune.callbacks import ExportHF, Prune, Statistics
@@ -208,6 +221,7 @@ def worker(options: argparse.Namespace) -> int:
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     sampler = Sampler()
     sampler.around(LitCausalLM, "_load", "load")
+    sampler.around(automatic.Closure, "closure", "train")
     sampler.around(Prune, "_statistics", "observe")
     sampler.around(prune_module, "commit_masked", "cut")
     sampler.around(Trainer, "save_checkpoint", "checkpoint")
