@@ -296,12 +296,12 @@ def gather_in_place() -> None:
             return True
 
     def gathered(
-        output: Any, piece: Any, group: Any = None, async_op: bool = False, **_: Any
+        output_tensor: Any, input_tensor: Any, group: Any = None, async_op: bool = False
     ) -> Any:
-        parts = output.view(-1).chunk(dist.get_world_size(group))
+        parts = output_tensor.view(-1).chunk(dist.get_world_size(group))
         for number, part in enumerate(parts):
-            if number == dist.get_rank(group) and part.data_ptr() != piece.data_ptr():
-                part.copy_(piece.view(-1))
+            if number == dist.get_rank(group) and part.data_ptr() != input_tensor.data_ptr():
+                part.copy_(input_tensor.view(-1))
             dist.broadcast(part, group=group, group_src=number)
         return Done() if async_op else None
 
