@@ -70,7 +70,7 @@ def whole(tensor: Tensor) -> Tensor:
         full = held.new_empty(shape.numel(), device=_meeting_place(held.device))
         # Rank by rank into its place: an all-gather holds the tensor twice, gloo's own copy and
         # ours, or that of the wrapper.
-        for number, piece in enumerate(full.split(length)):
+        for number, piece in enumerate(torch.split(full, length)):
             if dist.get_rank(group) == number:
                 piece.copy_(held.reshape(-1)[: len(piece)])
             dist.broadcast(piece, group=group, group_src=number)
@@ -87,7 +87,7 @@ def _divided_evenly(tensor: Tensor) -> bool:
     if _is_zero(tensor):
         gone = divided.ds_status.name == "NOT_AVAILABLE"
         world = dist.get_world_size(divided.ds_process_group)
-        return gone and divided.ds_tensor.numel() == -(-divided.ds_numel // world)
+        return bool(gone and divided.ds_tensor.numel() == -(-divided.ds_numel // world))
     return divided.device_mesh.ndim == 1 and all(p.is_shard(0) for p in divided.placements)
 
 
