@@ -16,13 +16,14 @@ from plprune.dist import together
 from plprune.errors import CheckpointError, ConfigError
 from plprune.lit import carry, guard, outputs
 from plprune.lit.kept_zeros import count_zeros, share_of_zeros
-from plprune.lit.strategies import adapter_for
+from plprune.lit.strategies import adapter_for, divides
 from plprune.lora import Injected, inject, merge
 from plprune.lora_config import (
     plain_config,
     require_mergeable,
     require_pairs,
     require_same_adapters,
+    require_whole,
 )
 from plprune.lora_files import adapter_state, save_adapter
 from plprune.sharded import any_sharded
@@ -109,9 +110,12 @@ class LoRARecovery(Callback):
             trainer, pl_module, "lora", self._save, lambda state: self._load(pl_module, state)
         )
         if stage == "fit":
+            cutting = self._pruner(trainer)
             if self.merge_at_end:
                 require_mergeable(model, self.config)
-            if self.start == "last_cut" and self._pruner(trainer) is None:
+            # Without cuts peft gathers what it reads; calibration passes of a cut do not.
+            require_whole(model, self.config, divided=bool(cutting) and divides(trainer.strategy))
+            if self.start == "last_cut" and cutting is None:
                 raise ConfigError(
                     "lora.start: last_cut without cuts",
                     given="no plprune.callbacks.Prune before this callback",

@@ -86,12 +86,13 @@ def require_pairs(settings: Mapping[str, Any]) -> None:
         )
 
 
-def require_whole(model: nn.Module, settings: Mapping[str, Any]) -> None:
+def require_whole(model: nn.Module, settings: Mapping[str, Any], *, divided: bool = False) -> None:
     """Refuse adapters that read the weights they are put on, where no process has them whole.
 
     Args:
         model: plain.
         settings: arguments of `peft.LoraConfig`.
+        divided: whether its weights will be divided later.
 
     Raises:
         ConfigError: naming the settings.
@@ -100,7 +101,7 @@ def require_whole(model: nn.Module, settings: Mapping[str, Any]) -> None:
         *(True, False),
         "gaussian",
     )
-    if reads and any_sharded(model.parameters()):
+    if reads and (divided or any_sharded(model.parameters())):
         raise ConfigError(
             "these adapters need complete weights",
             given=f"use_dora: {settings.get('use_dora', False)}, "

@@ -52,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _environment_restored() -> Iterator[None]:
+    # A seed that a fixture of a whole module set would be set again when processes meet.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     before = dict(os.environ)
     yield
     # pytest writes this one itself between the phases of a test.

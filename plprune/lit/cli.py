@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from plprune import dist
@@ -29,7 +31,13 @@ from plprune.lit.model import LitCausalLM
 from plprune.lit.progress import with_progress
 from plprune.lit.readable import require_readable
 from plprune.lit.run_config import RunConfig
-from plprune.lit.strategies import deepspeed, fully_shard
+from plprune.lit.strategies import deepspeed
+from plprune.lit.strategies.usable import (
+    NAMES,
+    require_known,
+    require_one_dimension,
+    require_started,
+)
 
 _PARTS: tuple[tuple[str, type], ...] = (
     ("lora", LoRARecovery),
@@ -38,10 +46,6 @@ _PARTS: tuple[tuple[str, type], ...] = (
     ("export", ExportHF),
 )
 """Optional top-level keys, in the order their callbacks run; null leaves them out."""
-
-
-deepspeed.register()
-fully_shard.register()
 
 
 class PlpruneCLI(LightningCLI):
@@ -144,16 +148,23 @@ class PlpruneCLI(LightningCLI):
         callbacks = [*present, *(own if isinstance(own, list) else [own])]
         shown = config.get("enable_progress_bar")
         try:
-            return self._instantiate_trainer(config, with_progress(callbacks, shown))
+            trainer = self._instantiate_trainer(config, with_progress(callbacks, shown))
+            require_started(trainer)
+            require_one_dimension(trainer.strategy)
+            if isinstance(trainer.strategy, deepspeed.ZeRO):
+                trainer.strategy.require_usable()
+            return trainer
         except PlpruneError:
             raise
         except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(
                 "the trainer cannot be set up",
                 given=first_line(error),
-                allowed="what this machine has: trainer.accelerator, devices, strategy (auto, ddp, "
-                "fsdp2, zero1, zero2, zero3)",
-                fix="see configs/strategies",
+                allowed="what this machine has: trainer.accelerator, devices, strategy "
+                f"({', '.join(NAMES)})",
+                fix='pip install "plprune[deepspeed]"'
+                if "deepspeed" in str(error).lower()
+                else "see configs/strategies",
             ) from error
 
 
@@ -173,19 +184,14 @@ def _require_usable(trainer: dict[str, Any]) -> None:
         raise ConfigError(
             "trainer.accumulate_grad_batches out of range", given=str(batches), allowed="1 or more"
         )
-    if isinstance(strategy, str) and strategy.startswith("deepspeed"):
+    require_known(strategy)
+    if isinstance(strategy, str) and strategy.lower() not in (*NAMES, *StrategyRegistry):
+        near = difflib.get_close_matches(strategy.lower(), NAMES, n=1)
         raise ConfigError(
-            "Lightning's DeepSpeed strategy cannot be cut during fit",
-            given=f"trainer.strategy: {strategy}",
-            allowed="zero1, zero2, zero3, which do the same on every device",
-            fix="--config configs/strategies/zero3.yaml",
-        )
-    if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
-        raise ConfigError(
-            "FSDP1 cannot be cut during fit",
-            given=f"trainer.strategy: {strategy}",
-            allowed="FSDP2, which does the same",
-            fix="--config configs/strategies/fsdp2.yaml",
+            "unknown trainer.strategy",
+            given=strategy,
+            allowed=", ".join(NAMES) + ", or a class_path",
+            fix=(f"did you mean {near[0]}? " if near else "") + "see configs/strategies",
         )
 
 

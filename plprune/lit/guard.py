@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from plprune import dist
 from plprune.describe import describe
 from plprune.errors import CheckpointError, ConfigError, PlanError
+from plprune.lit.strategies.usable import require_started
 from plprune.lora import any_adapter, any_dora
 from plprune.schedule import Length
 from plprune.surgery.written import dora_refitted
@@ -39,6 +40,7 @@ def refuse_conflicts(trainer: Trainer) -> None:
     Raises:
         ConfigError: naming the callback.
     """
+    require_started(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         names = [cls.__name__ for cls in type(callback).__mro__]
         found = next((name for name in names if name in _COPIES), None)

@@ -178,7 +178,7 @@ class LitCausalLM(LightningModule):
         """Next-token loss; a step whose loss is not finite stops the run with a message."""
         assert self.model is not None, "configure_model runs first"
         loss = cast(Tensor, self.model(**batch).loss)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -80,9 +80,13 @@ def _show(found: dict[str, Any]) -> None:
             table.append((kind, span(pair["dense"]), span(pair["kept"]), share(kept)))
         show("Final widths", table)
     if found["memory"]:
-        memory: list[tuple[str, ...]] = [("phase", *_MEMORY)]
+        offloads = "host" in found["memory"][0]
+        memory: list[tuple[str, ...]] = [
+            ("phase", *_MEMORY, *(["of that on the host"] if offloads else []))
+        ]
         for phase in found["memory"]:
-            memory.append((phase["name"], *(short(phase[part], "B") for part in _MEMORY)))
+            parts = (*_MEMORY, "host") if offloads else _MEMORY
+            memory.append((phase["name"], *(short(phase[part], "B") for part in parts)))
         show("Peak memory on one device", memory)
     if found["devices"]:
         first = found["devices"][0]

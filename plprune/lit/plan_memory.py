@@ -26,6 +26,10 @@ _HEAP = (
     "a CPU's C library may keep freed memory: with MALLOC_MMAP_THRESHOLD_=65536 in the environment "
     "peaks are as estimated, without it up to twice as high"
 )
+_DEVICE = (
+    "not counted: the context of a GPU (about 0.5 GB), fragmentation of its allocator, buffers of "
+    "the communication library"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,8 @@ def memory_of(
         `memory`, phases of one device; `devices`, how they change with their number; and notes on
         why there are none, or what they leave out.
     """
-    notes = [_HEAP] if not _on_gpu(run) else []
+    notes = [_DEVICE] if _on_gpu(run) or devices(run.trainer) > 1 else []
+    notes += [] if _on_gpu(run) else [_HEAP]
     known = [widths for cut in cuts if (widths := widths_of(spec, cut)) is not None]
     if len(known) < len(cuts):
         notes.append("widths depend on data: memory after cuts is given at the dense size")
@@ -113,8 +118,15 @@ def memory_of(
         ]
     if not cuts:
         phases = tuple(p for p in phases if p.name in ("load", "train", "export"))
-    found = [shared(phase, setup, model).to_dict() for phase in phases]
+    moved = _offloaded(run)
+    found = [_with_host(shared(phase, setup, model), moved) for phase in phases]
     return {"memory": found, "devices": _by_devices(phases, setup, model)}, notes
+
+
+def _with_host(phase: Phase, moved: tuple[str, ...]) -> dict[str, Any]:
+    """A phase; of what is offloaded also how much of it is on the host."""
+    row = phase.to_dict()
+    return {**row, "host": sum(row[part] for part in moved)} if moved else row
 
 
 def _by_devices(phases: tuple[Phase, ...], setup: Setup, model: nn.Module) -> list[dict[str, Any]]:
@@ -155,6 +167,20 @@ def _setup(run: Run) -> Setup:
         strategy=_strategy(run),
         world_size=devices(run.trainer),
     )
+
+
+def _offloaded(run: Run) -> tuple[str, ...]:
+    """Parts of a phase that ZeRO keeps on the host: gradients go where the optimizer is."""
+    given = run.trainer.get("strategy", "auto")
+    if isinstance(given, str):
+        whole = given.lower().startswith("zero") and given.lower().endswith("_offload")
+        return ("weights", "gradients", "optimizer") if whole else ()
+    settings = dict(given.get("init_args") or {})
+    config = settings.get("config")
+    zero = dict(config.get("zero_optimization") or {}) if isinstance(config, dict) else {}
+    state = settings.get("offload_optimizer") or "offload_optimizer" in zero
+    weights = settings.get("offload_parameters") or "offload_param" in zero
+    return ("weights",) * bool(weights) + ("gradients", "optimizer") * bool(state)
 
 
 def _precision(run: Run) -> str:

@@ -121,12 +121,12 @@ def _history(trainer: Trainer) -> list[dict[str, Any]]:
 
 def _training(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     data: Any = getattr(trainer, "datamodule", None) or trainer.train_dataloader
-    schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    optimizers, schedulers = _optimizers(trainer)
     algorithm = getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)
     clip = trainer.gradient_clip_val
     values = {
-        "optimizer": [_optimizer(optimizer) for optimizer in trainer.optimizers],
-        "learning_rate": _rate(trainer, module),
+        "optimizer": [_optimizer(name, groups[0]) for name, groups in optimizers],
+        "learning_rate": _rate(module, [group for _, groups in optimizers for group in groups]),
         "scheduler": schedulers,
         "batch_size": getattr(data, "batch_size", None),
         "processes": trainer.world_size,
@@ -139,20 +139,25 @@ def _training(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     return {key: _plain(value) for key, value in values.items() if value is not None}
 
 
-def _optimizer(optimizer: Any) -> str:
-    group = optimizer.param_groups[0]
+def _optimizers(trainer: Trainer) -> tuple[list[tuple[str, list[dict[str, Any]]]], list[str]]:
+    """Class and groups of every optimizer, and classes of schedulers."""
+    told = getattr(trainer.strategy, "told", None)
+    if told is not None:  # DeepSpeed wraps them, and takes them away before an export
+        return [(told.optimizer, told.groups)], told.schedulers
+    schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    return [(type(o).__name__, o.param_groups) for o in trainer.optimizers], schedulers
+
+
+def _optimizer(name: str, group: Mapping[str, Any]) -> str:
     names = ("betas", "eps", "momentum", "weight_decay")
-    return (
-        f"{type(optimizer).__name__} {_words({n: group[n] for n in names if n in group})}".strip()
-    )
+    return f"{name} {_words({n: group[n] for n in names if n in group})}".strip()
 
 
-def _rate(trainer: Trainer, module: LightningModule) -> Any:
+def _rate(module: LightningModule, groups: Sequence[Mapping[str, Any]]) -> Any:
     """Settings of our module's curve; of another module the rate its optimizers began with."""
     rate = getattr(module, "rate", None)
     if rate is not None and is_dataclass(rate) and not isinstance(rate, type):
         return asdict(rate)
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return [group.get("initial_lr", group.get("lr")) for group in groups]
 
 

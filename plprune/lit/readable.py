@@ -12,13 +12,14 @@ import torch
 
 from plprune.errors import CheckpointError
 from plprune.lit import folders
+from plprune.lit.saved.complete import require_complete
 
 
 def require_readable(path: Any) -> None:
     """Refuse a checkpoint file that is missing or cut short, before anything is built for it.
 
     Args:
-        path: local file; directories, remote places and Lightning's keywords are left to Lightning.
+        path: local file or folder; remote places and Lightning's keywords are left to Lightning.
 
     Raises:
         CheckpointError: naming the file.
@@ -28,6 +29,7 @@ def require_readable(path: Any) -> None:
         return
     folders.recover(file)
     if file.is_dir():
+        require_complete(file)
         return
     if not file.exists():
         raise CheckpointError("there is no such checkpoint", given=str(path), fix="check ckpt_path")

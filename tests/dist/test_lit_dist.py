@@ -94,3 +94,35 @@ class Whole(fitting.User):
 
     def configure_model(self) -> None:
         """Does nothing, which Lightning accepts."""
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_adapters_that_read_weights_are_refused_before_they_are_divided(name: str):
+    settings = {"callbacks": lambda: [fitting.prune(), LoRARecovery({"use_dora": True})]}
+    with pytest.raises(RankError) as stopped:
+        runs.on_ranks(name, **settings)
+    assert str(stopped.value).count("ConfigError: these adapters need complete weights") == 2
+
+
+def test_strategies_have_names_in_a_script():
+    def run() -> str:
+        trainer = fitting.trainer(strategy="zero2", devices=2)
+        trainer.fit(runs.Single(optimizers=runs.one_group), TokenLoader(fitting.blocks(), 2))
+        return type(trainer.strategy).__name__
+
+    assert run_ranks(run, 2) == ["ZeRO", "ZeRO"]
+
+
+def test_the_logged_loss_is_that_of_all(tmp_path: Path):
+    base = fitting.saved(tmp_path)
+
+    def run() -> tuple[float, list[float]]:
+        seen = Losses()
+        trainer = fitting.trainer([seen], strategy="ddp", devices=2, max_steps=3)
+        module = LitCausalLM(str(base), learning_rate=LearningRate(peak=3e-3))
+        trainer.fit(module, TokenLoader(fitting.blocks(), 2))
+        return float(trainer.callback_metrics["train_loss"]), seen.values
+
+    (one, own), (other, others) = run_ranks(run, 2)
+    assert own[-1] != others[-1]
+    assert one == other == pytest.approx((own[-1] + others[-1]) / 2, rel=1e-6)

@@ -16,6 +16,7 @@ from plprune.callbacks import LoRARecovery
 from plprune.lit.cli import main
 from plprune.lit.saved import open_saved
 from plprune.lit.strategies import fsdp2
+from ranks import RankError
 from strategy_runs import on_ranks
 from tiny_tokenizer import tiny_tokenizer
 
@@ -186,8 +187,30 @@ def test_an_incomplete_folder_is_refused(
     large = max(path.rglob("*1*optim_states.pt" if name == "zero3" else "__1_0.distcp"))
     content = large.read_bytes()
     large.write_bytes(content[: len(content) // 2])
-    assert "the checkpoint cannot be read" in said()
+    assert f"the checkpoint is incomplete: given {path} (" in said()
     large.unlink()
-    assert ("lacks files of some ranks" if name == "zero3" else "cannot be read") in said()
+    lacks = "lacks files of some ranks" if name == "zero3" else "the checkpoint is incomplete"
+    assert lacks in said()
+    large.write_bytes(content)
+    weights = "*rank_1*model_states.pt" if name == "zero3" else ".metadata"
+    for file in (next(path.rglob(weights)), path / ("plprune.pt" if name == "zero3" else "meta.pt")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:10])
+        assert "the checkpoint is incomplete" in said()
+        file.unlink()
+        if file.name != "plprune.pt":
+            assert f"the checkpoint is incomplete: given {path} (no {file.name}" in said()
+        file.write_bytes(whole)
     (path / "plprune.pt").unlink()
     assert "the checkpoint is not complete" in said()
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_a_damaged_folder_is_not_resumed(name: str, tmp_path: Path):
+    """Found by its sizes, before anything is built for it."""
+    path = start(name, 2, tmp_path, callbacks=pruned)
+    large = max(path.rglob("*1*optim_states.pt" if name == "zero3" else "__1_0.distcp"))
+    large.write_bytes(large.read_bytes()[:1000])
+    with pytest.raises(RankError) as stopped:
+        run(name, 2, ckpt_path=path, callbacks=pruned)
+    assert str(stopped.value).count("CheckpointError: the checkpoint is incomplete") == 2

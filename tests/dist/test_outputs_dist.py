@@ -45,6 +45,10 @@ def test_exports_adapters_and_reports_are_those_of_one(name: str, tmp_path: Path
         json.loads((tmp_path / n / "report" / "report.json").read_text()) for n in ("one", "two")
     ]
     assert reports[0]["sizes"] == reports[1]["sizes"]
+    told = [report["protocol"]["training"] for report in reports]
+    for key in ("optimizer", "scheduler", "learning_rate"):
+        assert told[0][key] == told[1][key]
+    assert told[0]["optimizer"][0].startswith("AdamW betas")
     curves = [torch.tensor(report["curves"][0]["value"]) for report in reports]
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-5, atol=1e-5)
 

@@ -79,6 +79,22 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 # -- plan ----------------------------------------------------------------------------------------
 
 
+def test_plan_says_what_is_on_the_host_and_what_is_not_counted(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, config(base, tmp_path, trainer__devices=2))
+    zero = ["--config", file, "--trainer.strategy"]
+    plain, offloaded = (planned(capsys, *zero, name) for name in ("zero3", "zero3_offload"))
+    for row, moved in zip(plain["memory"], offloaded["memory"], strict=True):
+        assert moved == {**row, "host": row["weights"] + row["gradients"] + row["optimizer"]}
+    assert any("not counted: the context of a GPU" in note for note in plain["notes"])
+    only_state = of_class("plprune.lit.strategies.deepspeed.ZeRO", stage=3, offload_optimizer=True)
+    for row in planned(capsys, "--config", file, *only_state)["memory"]:
+        assert row["host"] == row["gradients"] + row["optimizer"]
+    assert main(["plan", *zero, "zero3_offload"]) == 0
+    assert "of that on the host" in capsys.readouterr().out
+
+
 def test_plan_says_what_fit_did(
     fitted: tuple[PlpruneCLI, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +316,14 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command: given fitt; allowed fit, " in refused(capsys, "fitt")
 
 
+def of_class(path: str, **settings: Any) -> list[str]:
+    return ["--trainer.strategy", json.dumps({"class_path": path, "init_args": settings})]
+
+
+def zero(config: dict[str, Any]) -> list[str]:
+    return of_class("plprune.lit.strategies.deepspeed.ZeRO", config=config)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -307,6 +331,26 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--lr_scheduler", "CosineAnnealingLR"], "unknown key: given lr_scheduler"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches out of range"),
         (["--trainer.strategy", "fsdp"], "FSDP1 cannot be cut during fit: given trainer.strategy"),
+        (
+            ["--trainer.strategy", "zero4"],
+            "unknown trainer.strategy: given zero4; allowed auto, ddp",
+        ),
+        (["--trainer.strategy", "zero_3"], "did you mean zero3?"),
+        (of_class("lightning.pytorch.strategies.FSDPStrategy"), "FSDP1 cannot be cut during fit"),
+        (
+            of_class("lightning.pytorch.strategies.DeepSpeedStrategy"),
+            "Lightning's DeepSpeed strategy",
+        ),
+        (
+            of_class("lightning.pytorch.strategies.ModelParallelStrategy", tensor_parallel_size=2),
+            "tensor parallelism cannot be cut during fit: given tensor_parallel_size 2",
+        ),
+        (zero({"zero_optimizaton": {"stage": 3}}), "names no ZeRO stage that can be cut"),
+        (zero({"zero_optimization": {"stage": 0}}), "given zero_optimization.stage: 0"),
+        (
+            zero({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}),
+            "optimizer does not belong in the DeepSpeed config",
+        ),
         (["--lora.config", "{lora_bias: true}"], "biases cannot be merged into linears without"),
         (["--export.dtype", "int8"], "export"),
         (["--prune.budget.context", "-1"], "budget.context out of range"),
@@ -322,6 +366,22 @@ def test_settings_that_cannot_work_leave_nothing_behind(
     (tmp_path / "out").mkdir()
     file = written(tmp_path, config(base, tmp_path / "out"))
     assert text in refused(capsys, "fit", "--config", file, *options)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_more_processes_than_the_trainer_knows_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train the whole run into the same folders."""
+    (tmp_path / "out").mkdir()
+    file = written(tmp_path, config(base, tmp_path / "out"))
+    started = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    started |= {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    for options in ([], ["--trainer.strategy", "ddp", "--trainer.devices", "4"]):
+        said = refused(capsys, "fit", "--config", file, *options)
+        assert "the number of processes is not that of the trainer: given 2 processes" in said
     assert list((tmp_path / "out").iterdir()) == []
 
 

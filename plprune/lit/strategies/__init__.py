@@ -18,6 +18,7 @@ from plprune.lit.strategies.deepspeed import ZeRO
 from plprune.lit.strategies.fsdp2 import FSDP2
 from plprune.lit.strategies.fully_shard import FullyShard
 from plprune.lit.strategies.plain import DDP, SingleDevice
+from plprune.lit.strategies.usable import NAMES, require_known
 from plprune.lit.strategies.zero import ZeROAdapter
 
 
@@ -37,6 +38,18 @@ def groups_of(trainer: Trainer) -> list[dict[str, Any]]:
     return adapter.groups(trainer)
 
 
+def divides(strategy: Strategy) -> bool:
+    """Whether a strategy divides weights, now or later.
+
+    Args:
+        strategy: the trainer's.
+    """
+    if isinstance(strategy, ZeRO):
+        config: Any = strategy.config or {}
+        return bool(config.get("zero_optimization", {}).get("stage") == 3)
+    return isinstance(strategy, ModelParallelStrategy)
+
+
 def adapter_for(strategy: Strategy) -> Adapter:
     """The adapter of a strategy.
 
@@ -49,6 +62,7 @@ def adapter_for(strategy: Strategy) -> Adapter:
     Raises:
         ConfigError: if the strategy cannot be cut during `fit`.
     """
+    require_known(strategy)
     # Exact types: what a subclass changes is unknown here.
     if (
         type(strategy) is SingleDeviceStrategy
@@ -64,7 +78,6 @@ def adapter_for(strategy: Strategy) -> Adapter:
     raise ConfigError(
         "this strategy cannot be cut during fit",
         given=type(strategy).__name__,
-        allowed="auto (one device), ddp, fsdp2, zero1, zero2, zero3",
-        fix="take fsdp2 instead of FSDP1, and zero3 (plprune.lit.strategies.deepspeed.ZeRO) "
-        "instead of Lightning's DeepSpeed: see configs/strategies",
+        allowed=", ".join(NAMES),
+        fix="see configs/strategies",
     )

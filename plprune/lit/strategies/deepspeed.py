@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,19 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from plprune.lit.strategies.engine import give_timeout, kept_hooks, teardown
+from plprune.lit.strategies.usable import require_elementwise, require_engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a module's `configure_optimizers` returned, without tensors."""
+
+    optimizer: str
+    """Its class."""
+    groups: list[dict[str, Any]]
+    """Hyperparameters of every group."""
+    schedulers: list[str]
+    """Classes of schedulers."""
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -25,7 +39,18 @@ class ZeRO(DeepSpeedStrategy):
     strategy_name = "zero"
     group_names: list[list[str]]
     """Names in the LightningModule of the parameters of every optimizer group that has some."""
+    told: Told | None = None
+    """Of the optimizer of the run: engines wrap it, and the last one has none."""
     _reused: tuple[Any, Any] | None = None
+
+    def require_usable(self) -> None:
+        """Refuse a DeepSpeed config that does not go with cuts; see `require_engine`."""
+        if not self._config_initialized:  # later it also holds what the trainer says
+            require_engine(cast("dict[str, Any]", self.config))
+
+    def _init_config_if_needed(self) -> None:
+        self.require_usable()
+        super()._init_config_if_needed()
 
     @contextlib.contextmanager
     def reusing(self, optimizer: Any) -> Iterator[None]:
@@ -47,10 +72,14 @@ class ZeRO(DeepSpeedStrategy):
         if self._reused is not None:
             return self._reused
         optimizer, config = super()._init_optimizers()
+        require_elementwise(optimizer)
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        made = [] if config is None else [type(config.scheduler).__name__]
+        self.told = Told(optimizer=type(optimizer).__name__, groups=groups, schedulers=made)
         assert self.lightning_module is not None, "attached"
         names = {p: name for name, p in self.lightning_module.named_parameters()}
-        groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-        self.group_names = [group for group in groups if group]  # as the engine drops empty ones
+        named = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        self.group_names = [group for group in named if group]  # as the engine drops empty ones
         return optimizer, config
 
     def weights_dtype(self, asked: torch.dtype | None) -> torch.dtype | None:
@@ -166,3 +195,6 @@ def register() -> None:
             offload_optimizer=True,
             offload_parameters=True,
         )
+
+
+register()

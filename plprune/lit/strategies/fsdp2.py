@@ -19,6 +19,7 @@ from plprune.lit.saved.state import SavedState
 from plprune.lit.strategies.base import Adapter, cut_in_place
 from plprune.lit.strategies.filling import fill_groups, fill_part, require_same_tensors
 from plprune.lit.strategies.fsdp2_groups import adopt, reshard
+from plprune.lit.strategies.usable import require_one_dimension
 from plprune.sharded import part, state_of
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied
@@ -32,14 +33,7 @@ class FSDP2(Adapter):
         """Refuse tensor parallelism and a torch whose FSDP2 is built otherwise."""
         strategy = trainer.strategy
         assert isinstance(strategy, ModelParallelStrategy), "chosen by `adapter_for`"
-        size = strategy.device_mesh["tensor_parallel"].size()
-        if size > 1:
-            raise ConfigError(
-                "tensor parallelism cannot be cut during fit",
-                given=f"tensor_parallel_size {size}",
-                allowed="1",
-                fix="set tensor_parallel_size: 1 and data_parallel_size to the number of devices",
-            )
+        require_one_dimension(strategy)
         _require_known_torch()
         mend_saving(strategy)
 

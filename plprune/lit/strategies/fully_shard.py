@@ -40,3 +40,6 @@ def register() -> None:
         StrategyRegistry.register(
             FullyShard.strategy_name, FullyShard, description="FSDP2 over all processes"
         )
+
+
+register()
