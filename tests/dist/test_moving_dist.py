@@ -14,7 +14,9 @@ import strategy_runs as runs
 import tiny
 from plprune.callbacks import LoRARecovery
 from plprune.lit.cli import main
+from plprune.errors import CheckpointError
 from plprune.lit.saved import open_saved
+from plprune.lit.saved import zero as zero_folder
 from plprune.lit.strategies import fsdp2
 from ranks import RankError
 from strategy_runs import on_ranks
@@ -214,3 +216,25 @@ def test_a_damaged_folder_is_not_resumed(name: str, tmp_path: Path):
     with pytest.raises(RankError) as stopped:
         run(name, 2, ckpt_path=path, callbacks=pruned)
     assert str(stopped.value).count("CheckpointError: the checkpoint is incomplete") == 2
+
+
+class ByName:
+    """Written as Python 3.11.0 to 3.11.3 write members of enumerations."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_stages_that_older_pythons_wrote_are_read(tmp_path: Path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    file = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"stage": ByName(ZeroStageEnum, "weights")}, file)
+    assert zero_folder._load(file) == {"stage": ZeroStageEnum.weights}
+    # Nothing else is looked up by name.
+    torch.save({"stage": ByName(torch.Tensor, "numpy")}, file)
+    with pytest.raises(CheckpointError, match="the checkpoint cannot be read"):
+        zero_folder._load(file)

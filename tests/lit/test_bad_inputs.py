@@ -153,7 +153,8 @@ CASES = {
         keys={"model.attn_implementation": "foo"},
     ),
     "unknown strategy": Case(
-        message="the trainer cannot be set up: given", keys={"trainer.strategy": "foo"}
+        message="unknown trainer.strategy: given foo; allowed auto, ddp, fsdp2",
+        keys={"trainer.strategy": "foo"},
     ),
     "Lightning's DeepSpeed": Case(
         message="Lightning's DeepSpeed strategy cannot be cut during fit",

@@ -7,6 +7,8 @@ The files are memory-mapped and nothing is unpickled but tensors and the few cla
 
 from __future__ import annotations
 
+import enum
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,4 +233,12 @@ def _load(file: Path) -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return unpickled(file, [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    return unpickled(file, [*classes, (_member, "builtins.getattr")])
+
+
+def _member(kind: Any, name: str) -> Any:
+    """What Python 3.11.0 to 3.11.3 write as `getattr`: a member of an enumeration, nothing else."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError(f"getattr of {kind!r}")
+    return kind[name]
