@@ -32,14 +32,6 @@ def test_engines_that_are_not():
     require_engine({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "fp16": {}})
 
 
-def test_a_stage_beside_a_config():
-    require_engine(ZERO, stage=2)
-    with pytest.raises(
-        ConfigError, match="the ZeRO stage is stated twice: given 2 in the DeepSpeed"
-    ):
-        require_engine(ZERO, stage=3)
-
-
 def test_an_optimizer_that_deepspeed_replaces():
     weights = [torch.nn.Parameter(torch.ones(2))]
     require_elementwise(torch.optim.AdamW(weights))

@@ -89,12 +89,11 @@ def require_one_dimension(strategy: Any) -> None:
         )
 
 
-def require_engine(config: Mapping[str, Any], stage: int | None = None) -> None:
+def require_engine(config: Mapping[str, Any]) -> None:
     """Refuse a DeepSpeed config that says what the trainer and the module say, or nothing of ZeRO.
 
     Args:
         config: as DeepSpeed takes it.
-        stage: what the strategy was told besides, if it was.
 
     Raises:
         ConfigError: naming the key.
@@ -107,13 +106,6 @@ def require_engine(config: Mapping[str, Any], stage: int | None = None) -> None:
             given=f"zero_optimization.stage: {found}, keys {', '.join(config) or 'none'}",
             allowed="1, 2 or 3",
             fix='set {"zero_optimization": {"stage": 3}} and check the spelling of the keys',
-        )
-    if stage is not None and stage != found:
-        raise ConfigError(
-            "the ZeRO stage is stated twice",
-            given=f"{found} in the DeepSpeed config, {stage} in the strategy",
-            allowed="one of them: a config replaces the other arguments",
-            fix="leave `stage` out beside `config`",
         )
     owners = {
         "optimizer": "model.optimizer, or configure_optimizers of your module",
