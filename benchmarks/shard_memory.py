@@ -4,8 +4,8 @@ A random Llama of about 500M parameters is pruned on several processes (gloo, CP
 ZeRO-3. Each process samples its own anonymous memory; what it holds at rest before a phase is its
 share. The claim: beyond it, a phase takes the largest piece that must be whole at a time (a block,
 or the embedding) and `SLACK` for buffers and activations; phases that run the model (observe, the
-probe after a cut) take no more than a training step does, in which FSDP2 and DeepSpeed hold a piece
-twice while they gather it. For loading the share itself is counted too.
+probe after a cut) take the piece twice, as FSDP2 and DeepSpeed hold it while they gather, and no
+more than a training step does. For loading the share itself is counted too.
 
 gloo's all-gather holds what it gathers a second time; NCCL's writes it where it belongs.
 `--in-place` puts broadcasts in its place, which do the same, and shows what is left then.
@@ -140,7 +140,7 @@ def report(name: str, world: int, found: list[dict[str, Any]]) -> bool:
         worst = max(one["phases"][phase]["extra"] for one in found)
         limit = piece + SLACK * MIB + (share if phase == "load" else 0)
         if phase in ("observe", "cut"):
-            limit = max(limit, step + ROUNDING * MIB)
+            limit = min(2 * piece + SLACK * MIB, step + ROUNDING * MIB)
         good &= phase == "train" or worst <= limit
         common.say(
             f"  {phase:12} {worst / MIB:7.0f} MiB beyond what was there"
