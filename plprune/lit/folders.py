@@ -106,7 +106,7 @@ def parts_of(path: Any, key: str) -> dict[str, Any]:
     """
     found = Path(path)
     if found.is_dir():
-        require_complete(found)
+        require_parts(found)
         parts: dict[str, Any] = torch.load(
             found / PARTS_FILE, map_location="cpu", weights_only=True
         )
@@ -115,7 +115,7 @@ def parts_of(path: Any, key: str) -> dict[str, Any]:
     return dict(whole.get(key, {}))
 
 
-def require_complete(folder: Path) -> None:
+def require_parts(folder: Path) -> None:
     """Refuse a folder that is no checkpoint, or lacks what is written last.
 
     Args:

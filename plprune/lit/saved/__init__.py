@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plprune.lit.folders import require_complete
+from plprune.lit.folders import require_parts
 from plprune.lit.saved import fsdp2, single, zero
 from plprune.lit.saved.state import SavedState
 
@@ -25,5 +25,5 @@ def open_saved(path: Path) -> SavedState:
     """
     if not path.is_dir():
         return single.read(path)
-    require_complete(path)
+    require_parts(path)
     return zero.read(path) if zero.is_one(path) else fsdp2.read(path)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from plprune.errors import CheckpointError, first_line
 from plprune.lit.folders import PARTS_FILE
+from plprune.lit.saved.fsdp2 import META
+from plprune.lit.saved.zero import INSIDE, files
 
-_INDEX, _META, _PIECES = ".metadata", "meta.pt", "*.distcp"
-_INSIDE = "checkpoint"
+_INDEX, _PIECES = ".metadata", "*.distcp"
 
 
 def require_complete(path: Path) -> None:
@@ -23,35 +24,33 @@ def require_complete(path: Path) -> None:
     Raises:
         CheckpointError: naming the first file that is wrong.
     """
-    if (path / _INSIDE).is_dir():
+    if (path / INSIDE).is_dir():
         _require_zero(path)
-    elif (path / _INDEX).exists() or (path / _META).exists() or any(path.glob(_PIECES)):
+    elif (path / _INDEX).exists() or (path / META).exists() or any(path.glob(_PIECES)):
         _require_fsdp2(path)
 
 
 def _require_zero(path: Path) -> None:
-    inside = path / _INSIDE
-    for file in (*sorted(inside.glob("*_states.pt")), path / PARTS_FILE):
+    models, others = files(path, "model_states"), files(path, "optim_states")
+    for file in (*models, *others, path / PARTS_FILE):
         if file.exists():
             _require_end(path, file)
-    models = {
-        f.name.removesuffix("model_states.pt") for f in inside.glob("zero_pp*model_states.pt")
-    }
-    others = {
-        f.name.removesuffix("optim_states.pt").removeprefix("bf16_")
-        for f in inside.glob("*zero_pp*optim_states.pt")
-    }
+    ranks = {_rank(file, "model_states") for file in models if file.name.startswith("zero_pp")}
     # Stages 1 and 2 have one file of weights for all, under another name.
-    lacking = sorted(others - models) if models else []
+    lacking = sorted({_rank(file, "optim_states") for file in others} - ranks) if ranks else []
     if lacking:
         raise _damaged(path, f"no {lacking[0]}model_states.pt")
 
 
+def _rank(file: Path, kind: str) -> str:
+    return file.name.removesuffix(f"{kind}.pt").removeprefix("bf16_")
+
+
 def _require_fsdp2(path: Path) -> None:
-    for name in (_INDEX, _META):
+    for name in (_INDEX, META):
         if not (path / name).exists():
             raise _damaged(path, f"no {name}")
-    for file in (path / _META, path / PARTS_FILE):
+    for file in (path / META, path / PARTS_FILE):
         if file.exists():
             _require_end(path, file)
     for name, size in _sizes(path).items():

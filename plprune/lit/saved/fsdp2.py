@@ -12,7 +12,8 @@ from torch import Tensor
 from plprune.errors import CheckpointError, first_line
 from plprune.lit.saved.state import GROUPS, PARTS, SavedState
 
-_META = "meta.pt"
+META = "meta.pt"
+"""What is not divided."""
 _WEIGHTS, _STATE = "state_dict.", "optimizer_0.state."
 
 
@@ -33,7 +34,7 @@ def read(path: Path) -> SavedState:
         for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    rest: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
+    rest: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
     groups = (rest.get(PARTS) or {}).get(GROUPS) or []
 
     def whole(name: str) -> Tensor:

@@ -21,7 +21,8 @@ from plprune.errors import CheckpointError
 from plprune.lit.folders import PARTS_FILE
 from plprune.lit.saved.state import SavedState, unpickled
 
-_INSIDE = "checkpoint"
+INSIDE = "checkpoint"
+"""Folder with the files of the engine."""
 _DEEPSPEEDS = frozenset(
     [
         "module",
@@ -68,16 +69,16 @@ def fits(path: Path, stage: int, world: int) -> bool:
         stage: of the engine.
         world: its number of processes.
     """
-    files = _files(path, "optim_states")
-    if len(files) != world:
+    found = files(path, "optim_states")
+    if len(found) != world:
         return False
-    state = _load(files[0])["optimizer_state_dict"]
+    state = _load(found[0])["optimizer_state_dict"]
     return int(state["zero_stage"]) == stage
 
 
 def is_one(path: Path) -> bool:
     """True for a folder that DeepSpeed wrote."""
-    return bool(_files(path, "optim_states")) and (path / PARTS_FILE).is_file()
+    return bool(files(path, "optim_states")) and (path / PARTS_FILE).is_file()
 
 
 def read(path: Path) -> SavedState:
@@ -92,8 +93,8 @@ def read(path: Path) -> SavedState:
     Raises:
         CheckpointError: if files are missing, damaged, or laid out in a way that is not known.
     """
-    models = [_load(file) for file in _files(path, "model_states")]
-    optimizers = [_load(file)["optimizer_state_dict"] for file in _files(path, "optim_states")]
+    models = [_load(file) for file in files(path, "model_states")]
+    optimizers = [_load(file)["optimizer_state_dict"] for file in files(path, "optim_states")]
     first = models[0]
     if len(optimizers) != int(first["dp_world_size"]):
         raise CheckpointError(
@@ -222,9 +223,14 @@ def _scalars(optimizer: Any) -> dict[str, Any]:
     return {k: v for k, v in state[0].items() if k not in keys} if state else {}
 
 
-def _files(path: Path, kind: str) -> list[Path]:
-    """Files of a kind in the order of ranks; stages 1 and 2 have one for all of `model_states`."""
-    found = (path / _INSIDE).glob(f"*{kind}.pt")
+def files(path: Path, kind: str) -> list[Path]:
+    """Files of a kind in the order of ranks.
+
+    Args:
+        path: of a checkpoint.
+        kind: `optim_states`, or `model_states` (stages 1 and 2 have one for all ranks).
+    """
+    found = (path / INSIDE).glob(f"*{kind}.pt")
     return sorted(found, key=lambda file: [int(n) for n in file.name.split("_") if n.isdigit()])
 
 
