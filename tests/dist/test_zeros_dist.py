@@ -10,7 +10,7 @@ import strategy_runs as runs
 import tiny
 from plprune.budget import Budget
 from plprune.callbacks import KeepMasks, LoRARecovery, Prune, Statistics
-from plprune.drivers.blocks import prune_model
+from plprune.drivers.in_memory import prune_model
 from plprune.lit.kept_zeros import KeptZeros, count_zeros
 from plprune.methods.base import Method
 from plprune.methods.sparsegpt import SparseGPT

@@ -13,7 +13,7 @@ import fitting
 import tiny
 from plprune.budget import Budget
 from plprune.callbacks import KeepMasks, LoRARecovery, Prune, Statistics
-from plprune.drivers.blocks import prune_model
+from plprune.drivers.in_memory import prune_model
 from plprune.errors import ConfigError, PlanError
 from plprune.lit.cli import main
 from plprune.lit.kept_zeros import count_zeros
