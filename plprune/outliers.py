@@ -101,7 +101,9 @@ class OutlierWeighed(Allocation):
         """
         weights = dict.fromkeys(notes, 0)
         for linear in spec.linears.values():
-            weights[linear.block] += linear.rows * linear.cols
+            masked = (spec.dead.get((linear.name, side)) for side in _SIDES)
+            rows, cols = (0 if dead is None else int(dead.sum()) for dead in masked)
+            weights[linear.block] += (linear.rows - rows) * (linear.cols - cols)
         mean = sum(notes[b] * n for b, n in weights.items()) / sum(weights.values())
         most = max(abs(value - mean) for value in notes.values())
         # One entry of 1e11 is more than this; rounding of the mean is less.
