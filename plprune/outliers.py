@@ -19,7 +19,7 @@ Legend: R rows, C columns of a linear, U units of an axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -120,7 +120,8 @@ class OutlierWeighed(Allocation):
     ) -> Sizes:
         """Widths whose shares of the dense ones lie around one that meets the budget.
 
-        As with `Uniform`, attention is rounded up to whole units and the last kind makes up for it.
+        As with `Uniform`, attention is rounded up to whole units and the last kind makes up for it,
+        if it can.
         What its multiples leave goes to the axes that are farthest below what they should have.
         """
         spec = view.spec
@@ -132,12 +133,16 @@ class OutlierWeighed(Allocation):
         while free:
             wanted = self._wanted(spec, budget, (sizes, tuple(free), tilts), target)
             kind = free.pop(0)
-            for axis in spec.of_kind(kind):
-                step = step_of(spec, axis.name, budget)
-                # 1e-9 forgives the last bit of the bisection: 3.0000000001 heads are three.
-                steps = wanted[axis.name] / step
-                whole = math.ceil(steps - 1e-9) if free else math.floor(steps + 1e-9)
-                sizes[axis.name] = min(axis.size, max(1, whole) * step)
+            axes = spec.of_kind(kind)
+            least = {a.name: step_of(spec, a.name, budget) for k in free for a in spec.of_kind(k)}
+            up, down = (
+                {a.name: _whole(wanted[a.name], a.size, step_of(spec, a.name, budget), away)
+                 for a in axes}
+                for away in (math.ceil, math.floor)
+            )  # fmt: skip
+            fits = price(spec, budget, {**sizes, **up, **least}) <= target
+            sizes |= up if free and fits else down
+            for axis in axes:
                 units_U = torch.arange(axis.size, dtype=torch.float64)
                 order[axis.name] = (wanted[axis.name] - units_U) / axis.dense_size
         return repaired(spec, budget, sizes, order, target)
@@ -165,6 +170,13 @@ class OutlierWeighed(Allocation):
             fits = price(spec, budget, {**sizes, **wanted}) <= target * (1 + 1e-12)
             low, high = (middle, high) if fits else (low, middle)
         return wanted
+
+
+def _whole(wanted: float, size: int, step: int, rounded: Callable[[float], int]) -> int:
+    """The next multiple in a direction, at least one and no more than there is."""
+    # 1e-9 forgives the last bit of the bisection: 3.0000000001 heads are three.
+    bit = -1e-9 if rounded is math.ceil else 1e-9
+    return min(size, max(1, rounded(wanted / step + bit)) * step)
 
 
 def _scores(view: View, names: tuple[str, ...]) -> Iterator[Tensor]:
