@@ -12,7 +12,8 @@ is compared is how many times the dense model's perplexity each is, and no verdi
     seeds     one seed is not a result below 3 % of difference: use three
 
 Times mean something on an idle machine only. Results are lines of `results.jsonl` in the output
-folder: a benchmark that was killed goes on, and so does the pruning it was killed in.
+folder: a benchmark that was killed goes on, and so does the pruning it was killed in. After a
+change of the program give another folder.
 
 usage: python benchmarks/one_shot.py --data DIR [--model DIR] [--only NAME ...] [--seeds 0]
     [--windows N] [--referee FILE] [--output DIR] [--list]
@@ -21,6 +22,7 @@ usage: python benchmarks/one_shot.py --data DIR [--model DIR] [--only NAME ...] 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -81,6 +83,8 @@ def _options() -> argparse.Namespace:
     unknown = set(options.only) - {run.name for run in RUNS}
     if unknown:
         parser.error(f"unknown names: {', '.join(sorted(unknown))}; see --list")
+    if options.windows is not None and options.windows < 2:
+        parser.error("--windows: at least 2")
     if not options.list and options.data is None and None in (options.calibration, options.text):
         parser.error("give --data, or --calibration and --text")
     return options
@@ -101,7 +105,11 @@ class Bench:
         self.output.mkdir(parents=True, exist_ok=True)
         self.protocol = {
             "model": Path(options.model).name,
-            "calibration": {"text": self.calibration.name, **CALIBRATION},
+            "calibration": {
+                "text": self.calibration.name,
+                "sha256": hashlib.sha256(self.calibration.read_bytes()).hexdigest()[:16],
+                **CALIBRATION,
+            },
             "seeds": options.seeds,
             "referee": options.referee.name,
             "windows": options.windows or "those of the peer",
@@ -109,9 +117,11 @@ class Bench:
             "dtype": "float32",
             "threads": os.environ.get("OMP_NUM_THREADS", "torch's default"),
         }
-        file = self.output / "results.jsonl"
-        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.file = self.output / "results.jsonl"
+        text = self.file.read_text("utf-8") if self.file.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]  # a kill may have left half a line
+        self.file.write_text(whole, "utf-8")
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
 
     def windows(self, run: Run) -> int:
         """Windows to judge a run on."""
@@ -124,13 +134,16 @@ class Bench:
 
     def _key(self) -> dict[str, Any]:
         texts = [str(self.calibration), str(self.text)]
-        return {"model": str(Path(self.options.model).absolute()), "texts": texts}
+        model, referee = (
+            Path(one).absolute() for one in (self.options.model, self.options.referee)
+        )
+        return {"model": str(model), "texts": texts, "referee": str(referee)}
 
     def add(self, **line: Any) -> dict[str, Any]:
         """Keep a result."""
         line = self._key() | line
         self.lines.append(line)
-        with (self.output / "results.jsonl").open("a", encoding="utf-8") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return line
 
@@ -140,10 +153,9 @@ class Bench:
 
     def one_pass(self) -> float:
         """CPU seconds of a dense pass over 40 windows, without the start of the process."""
-        few, many = self.dense(1), max(
-            (x for x in self.lines if x.get("run") == "dense" and x["windows"] > 1),
-            key=lambda line: line["windows"],
-        )  # fmt: skip
+        few = self.dense(1)
+        done = [line for line in self.lines if line.get("run") == "dense"]
+        many = max(done, key=lambda line: line["windows"])
         return (many["cpu"] - few["cpu"]) / (many["windows"] - few["windows"]) * WINDOWS
 
     def row(self, run: Run, seed: int) -> None:
@@ -291,8 +303,8 @@ def against(run: Run, windows: int, mean: float, dense: float) -> tuple[str, str
         ratio = mean / value
         verdict = "ok" if ratio <= LIMIT else "WORSE"
         return f"{value:.2f} ({run.peer.name})", f"{ratio:.3f}", verdict
-    own, times = run.peer.values[run.peer.windows], run.peer.values[run.peer.windows]
-    times /= DENSE[run.peer.windows]
+    own = run.peer.values[run.peer.windows]
+    times = own / DENSE[run.peer.windows]
     said = f"{own:.2f} on {run.peer.windows}, {times:.3f} x dense ({run.peer.name})"
     return said, f"~{mean / dense / times:.3f}", "other windows"
 
