@@ -141,8 +141,8 @@ class _Run:
 
     def blocks(self, method: SparseMethod) -> None:
         """Say how much of each block goes, and decide on each when its turn comes."""
-        stream = partial(self._stream, "seen", needs=True)
-        notes = noted(self.work, method.allocation, len(self.source), stream, self.job.shown)
+        seen = partial(self._stream, "seen", needs=True)
+        notes = noted(self.work, method.allocation, len(self.source), seen, self.job.shown)
         budgets = budget_of(self.dense, method.due(self.dense, self.job.budget, notes))
         finished = restore(self.source, self.work)
         if finished == len(self.source):
