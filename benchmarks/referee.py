@@ -3,7 +3,7 @@
 Rows of a WikiText file joined by a blank line, no special tokens, the first N windows of T tokens,
 mean negative log-likelihood of the T - 1 predictions of each window, float32.
 
-usage: python referee.py DIR TEXT [--windows 40] [--seq-len 1024]
+usage: python referee.py DIR --text FILE [--windows 40] [--seq-len 1024]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> int:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("text", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seq-len", type=int, default=1024)
     options = parser.parse_args()

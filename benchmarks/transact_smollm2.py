@@ -101,7 +101,7 @@ def judge(model: Path, options: argparse.Namespace) -> dict[str, Any]:
         sys.executable,
         str(Path(__file__).with_name("referee.py")),
         str(model),
-        str(options.data / "test.txt"),
+        f"--text={options.data / 'test.txt'}",
     ]
     done = subprocess.run(
         [*program, "--windows", str(options.windows)], capture_output=True, text=True, check=True

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 from plprune.allocate import fixed_widths, sizes_of, uniform
 from plprune.budget import Budget, require_numbers
 from plprune.count import price
-from plprune.errors import BudgetError, ConfigError
+from plprune.errors import ConfigError
 from plprune.methods.base import View
-from plprune.repair import repaired
+from plprune.repair import repaired, step_of, target_of
 from plprune.spec import Spec
 from plprune.stats.base import Tap
 from plprune.stats.losses import LossCurve
@@ -31,6 +31,11 @@ Sizes = dict[str, int]
 
 class Allocation(ABC):
     """How a budget is divided. Subclasses are frozen dataclasses."""
+
+    needs_data: ClassVar[bool] = False
+    """Whether it looks at calibration data."""
+    of_weights: ClassVar[bool] = False
+    """Whether it also divides single weights that become zero."""
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """Statistics it needs besides the method's.
@@ -67,21 +72,30 @@ class Allocation(ABC):
             BudgetError: if no widths meet it.
         """
 
-    def shares(self, view: View, budget: Budget) -> dict[str, float] | None:
-        """For single weights: how much of every linear goes, compared with the others.
+    def notes(self, view: View) -> dict[int, float]:
+        """What it has to know of the dense model to divide single weights: a number a block.
 
         Args:
-            view: model and statistics.
-            budget: how much stays in all.
+            view: blocks of the dense model, and what `taps` saw in them.
+        """
+        del view
+        return {}
+
+    def shares(
+        self, spec: Spec, notes: Mapping[int, float], drop: float
+    ) -> dict[str, float] | None:
+        """For single weights, where `of_weights`: how much of every linear goes.
+
+        Args:
+            spec: the model.
+            notes: of all its blocks.
+            drop: share of all weights that goes.
 
         Returns:
-            Share of weights to drop by linear; None for equal ones.
+            By linear, in proportion; None for equal shares.
         """
-        raise ConfigError(
-            "this allocation knows no single weights",
-            given=type(self).__name__,
-            allowed="Uniform, OutlierWeighed or MeasuredLoss for methods that mask weights",
-        )
+        del spec, notes, drop
+        return None
 
     def hyper(self) -> dict[str, Any]:
         """Settings as plain values."""
@@ -92,6 +106,8 @@ class Allocation(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Allocation):
     """The same width in every block, or in every one that is not spared."""
+
+    of_weights: ClassVar[bool] = True
 
     spare: tuple[int, ...] = (0, 0)
     """Blocks at the start and at the end that are not cut."""
@@ -113,6 +129,10 @@ class Uniform(Allocation):
         """From the budget alone."""
         if budget.keep is None:
             return fixed_widths(spec, budget)
+        return uniform(spec, budget, kinds, self._spared(spec))
+
+    def _spared(self, spec: Spec) -> set[int]:
+        """Numbers of blocks that are not cut."""
         first, last = self.spare
         total = len(spec.blocks)
         if first + last >= total:
@@ -121,8 +141,7 @@ class Uniform(Allocation):
                 given=f"{list(self.spare)} of {total} blocks",
                 allowed=f"fewer than {total} in all",
             )
-        spared = {*range(first), *range(total - last, total)}
-        return uniform(spec, budget, kinds, spared)
+        return {*range(first), *range(total - last, total)}
 
     def sizes(
         self, view: View, budget: Budget, scores: Mapping[str, Tensor], kinds: tuple[str, ...]
@@ -131,9 +150,13 @@ class Uniform(Allocation):
         del scores
         return sizes_of(view.spec, self.widths(view.spec, budget, kinds))
 
-    def shares(self, view: View, budget: Budget) -> None:
-        """Equal ones."""
-        del view, budget
+    def shares(
+        self, spec: Spec, notes: Mapping[int, float], drop: float
+    ) -> dict[str, float] | None:
+        """Equal ones, and nothing of spared blocks."""
+        del notes, drop
+        spared = self._spared(spec)
+        return {n: float(one.block not in spared) for n, one in spec.linears.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +225,7 @@ class MeasuredLoss(Allocation):
     Costs of several cuts are taken to add.
     """
 
+    needs_data: ClassVar[bool] = True
     least: float = 0.0
     """Share of every axis that stays whatever it costs (at least one unit does)."""
 
@@ -268,30 +292,3 @@ def marginal_losses(curve: LossCurve, size: int) -> Tensor:
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
     return (b[1] - a[1]) / (a[0] - b[0])
-
-
-def step_of(spec: Spec, name: str, budget: Budget) -> int:
-    """Units by which the width of an axis changes: its multiple, in every group.
-
-    Args:
-        spec: the model.
-        name: of the axis.
-        budget: states multiples.
-    """
-    axis = spec.axes[name]
-    return axis.groups * budget.multiple_of.get(axis.kind, 1)
-
-
-def target_of(spec: Spec, budget: Budget) -> float:
-    """What a budget allows, in its own quantity.
-
-    Raises:
-        BudgetError: without `keep`.
-    """
-    if budget.keep is None:
-        raise BudgetError(
-            "this allocation needs a share to keep",
-            given="widths alone",
-            fix="set budget.keep, or use the allocation Uniform with widths",
-        )
-    return float(budget.keep * price(spec, budget))

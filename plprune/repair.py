@@ -65,3 +65,30 @@ def repaired(
 def _below(size: int, step: int) -> int:
     """The next multiple below; a full width need not be one."""
     return (size - 1) // step * step
+
+
+def step_of(spec: Spec, name: str, budget: Budget) -> int:
+    """Units by which the width of an axis changes: its multiple, in every group.
+
+    Args:
+        spec: the model.
+        name: of the axis.
+        budget: states multiples.
+    """
+    axis = spec.axes[name]
+    return axis.groups * budget.multiple_of.get(axis.kind, 1)
+
+
+def target_of(spec: Spec, budget: Budget) -> float:
+    """What a budget allows, in its own quantity.
+
+    Raises:
+        BudgetError: without `keep`.
+    """
+    if budget.keep is None:
+        raise BudgetError(
+            "this allocation needs a share to keep",
+            given="widths alone",
+            fix="set budget.keep, or use the allocation Uniform with widths",
+        )
+    return float(budget.keep * price(spec, budget))

@@ -3,19 +3,21 @@
 Legend: R rows, C columns of a linear.
 """
 
-from __future__ import annotations
+# Annotations are objects here: a command line reads those of fields in modules that cannot see the
+# names of this one.
 
 import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from plprune.budget import Budget
+from plprune.allocation import Allocation, Uniform
+from plprune.budget import Budget, require_objects
 from plprune.count import count_params
 from plprune.errors import BudgetError, ConfigError, PlanError
 from plprune.methods.base import Method, View
@@ -86,14 +88,16 @@ def drops(spec: Spec, budget: Budget, shares: Mapping[str, float] | None = None)
     base = total if budget.base == "prunable" else count_params(spec).of(budget.base)
     # 1e-9 forgives the last bit of the product: half of 10 weights are 5.
     due = math.ceil((1 - budget.keep) * base - 1e-9 * base)
-    if due > total:
+    wanted = {name: size * (shares or {}).get(name, 1.0) for name, size in sizes.items()}
+    most = sum(size for name, size in sizes.items() if wanted[name] > 0)
+    if due > most:
         raise BudgetError(
             "no zeros in the linears meet the budget",
             given=f"keep {budget.keep} of {budget.base}: {due} zeros",
-            allowed=f"at most {total}, all weights of the linears",
+            allowed=f"at most {most}, all weights of the linears"
+            + " that the allocation does not spare" * (most < total),
             fix="raise budget.keep, or choose budget.base: prunable",
         )
-    wanted = {name: size * (shares or {}).get(name, 1.0) for name, size in sizes.items()}
     return _rounded(wanted, sizes, due)
 
 
@@ -144,14 +148,53 @@ class SparseMethod(Method):
     pattern: str = "row"
     """Which weights are compared: those of a `row`, of a whole `layer` (one linear), or N:M: N stay
     of every M neighbours in a row (N is what stays)."""
+    allocation: Allocation = Uniform()  # noqa: RUF009 (frozen)
+    """How zeros are divided among blocks; N:M divides them itself."""
 
     def __post_init__(self) -> None:
         """Check the pattern.
 
         Raises:
-            ConfigError: unless it is one.
+            ConfigError: unless it is one, and the allocation one it can take.
         """
-        groups_of(self.pattern, self.patterns)
+        require_objects("method", {Allocation: self.allocation})
+        given = type(self.allocation).__name__
+        if not self.allocation.of_weights:
+            raise ConfigError(
+                "method.allocation does not divide single weights",
+                given=given,
+                allowed="Uniform, OutlierWeighed",
+            )
+        if groups_of(self.pattern, self.patterns) and self.allocation != Uniform():
+            raise ConfigError(
+                f"method.pattern: {self.pattern} fixes how much of every linear goes",
+                given=f"method.allocation: {given}",
+                allowed="no allocation with N:M",
+                fix="leave method.allocation out, or choose a pattern without groups: "
+                + ", ".join(self.patterns),
+            )
+
+    def hyper(self) -> dict[str, Any]:
+        """Those of the method and its allocation."""
+        return {**super().hyper(), "allocation": self.allocation.hyper()}
+
+    def due(self, spec: Spec, budget: Budget, notes: Mapping[int, float]) -> dict[str, int]:
+        """Weights every linear has to lose.
+
+        Args:
+            spec: the model.
+            budget: `keep` of the parameters of a base.
+            notes: what the allocation knows of every block.
+
+        Returns:
+            By linear; their sum is the least that meets the budget.
+
+        Raises:
+            BudgetError: for a budget that zeros cannot meet.
+        """
+        even = drops(spec, budget)
+        total = sum(_weights(linear) for linear in spec.linears.values())
+        return drops(spec, budget, self.allocation.shares(spec, notes, sum(even.values()) / total))
 
     @property
     def groups(self) -> tuple[int, int] | None:

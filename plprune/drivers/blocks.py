@@ -16,18 +16,16 @@ from torch import Tensor, nn
 
 from plprune import dist
 from plprune.budget import Budget
-from plprune.drivers.batches import calibration_hash, token_mask
+from plprune.drivers.batches import token_mask
 from plprune.methods.base import Method, View
 from plprune.observe import StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Plan
-from plprune.sparse import drops
 from plprune.spec import Spec
 from plprune.stats.base import Tap
-from plprune.streaming.blocks import Blocks, Held
+from plprune.streaming.blocks import Blocks
 from plprune.streaming.calls import Batch, Call, Known, inputs_of, record
-from plprune.streaming.hidden import Hidden, InMemory
+from plprune.streaming.hidden import Hidden
 from plprune.surgery.written import bias_of, weight_of
-from plprune.unwrap import evaluating
 
 
 @dataclass(kw_only=True, eq=False)
@@ -80,6 +78,22 @@ class Stream:
         stats = dist.reduce({**zeros(model, taps), **seen.stats})
         check(stats, taps)
         return to_cpu(stats)
+
+    def view(self, part: Spec, stats: StatMap) -> View:
+        """What a method may look at.
+
+        Args:
+            part: of the model, with its weights there.
+            stats: what was seen in it.
+        """
+        model = self.source.model
+        return View(
+            spec=part,
+            stats=stats,
+            weight=lambda name: weight_of(model.get_submodule(name)),
+            bias=lambda name: bias_of(model.get_submodule(name)),
+            calibration=self.calibration,
+        )
 
     def forward(self, number: int, block: nn.Module) -> None:
         """Put the block's output in the place of its input; see `observe`."""
@@ -172,71 +186,9 @@ def prune_block(
     for names in method.stages(source.spec.of_block(number)):
         part = source.spec.only(names)
         stats = stream.observe(number, block, method.taps(part))
-        view = View(
-            spec=part,
-            stats=stats,
-            weight=lambda name: weight_of(source.model.get_submodule(name)),
-            bias=lambda name: bias_of(source.model.get_submodule(name)),
-            calibration=stream.calibration,
-        )
-        plan = dist.agree(method.plan(view, budgets(names)))
+        plan = dist.agree(method.plan(stream.view(part, stats), budgets(names)))
         plans.append(plan)
         apply_part(source, plan)
-    return plans
-
-
-def prune_model(
-    model: nn.Module, method: Method, budget: Budget, batches: Sequence[Batch]
-) -> list[Plan]:
-    """Prune a model that is in memory, by a method of order `blocks`.
-
-    Args:
-        model: plain or wrapped; changed in place, its training mode is put back.
-        method: sets single weights to zero.
-        budget: how much of them stays.
-        batches: calibration batches of this rank.
-
-    Returns:
-        What was done, in order.
-    """
-    with evaluating(model):
-        return prune_blocks(Held(model), method, budget, batches, calibration_hash(batches))
-
-
-def prune_blocks(
-    source: Blocks,
-    method: Method,
-    budget: Budget,
-    batches: Sequence[Batch],
-    calibration: str,
-    idle: Sequence[Batch] = (),
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Plan]:
-    """Prune block after block of a model that is in memory.
-
-    Args:
-        source: the model in evaluation mode.
-        method: of order `blocks`.
-        budget: how much of the weights stays.
-        batches: calibration batches of this rank.
-        calibration: hash of the sequences of all ranks.
-        idle: as in `begin`.
-        progress: told of blocks done.
-
-    Returns:
-        What was done, in order.
-    """
-    budgets = budget_of(source.spec, drops(source.spec, budget))
-    needs = bool(method.taps(source.spec))
-    shown, others = (batches, idle) if needs else ((), ())
-    stream = begin(source, shown, method.skip_first_tokens, InMemory, calibration, others)
-    plans = []
-    for number in range(len(source)):
-        with source.block(number) as block:
-            plans += prune_block(stream, number, block, method, budgets)
-            if needs and number + 1 < len(source):
-                stream.forward(number, block)
-        progress(number + 1, len(source))
     return plans
 
 

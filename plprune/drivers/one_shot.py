@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from plprune.drivers.batches import calibration_hash, empty_calibration
 from plprune.drivers.blocks import Stream, begin, budget_of, prune_block
 from plprune.drivers.carried import by_block, carry_out, observe_whole
 from plprune.drivers.looks import costs
+from plprune.drivers.noted import noted
 from plprune.load import load_hf
 from plprune.load_check import files_of
 from plprune.methods.base import Method, View
 from plprune.observe import StatMap
 from plprune.plan import Plan
-from plprune.sparse import SparseMethod, drops
+from plprune.sparse import SparseMethod
 from plprune.spec import Spec
 from plprune.stats.base import Tap
 from plprune.stream import Stored
@@ -107,14 +109,15 @@ def prune(job: Job) -> Done:
         source = FromFiles(model, places, dtype=job.dtype, device=job.device)
     dense, calibration = source.spec, calibration_hash(job.batches)
     with dist.together():
-        due = drops(dense, job.budget) if isinstance(job.method, SparseMethod) else None
+        if isinstance(job.method, SparseMethod):
+            job.method.check_budget(dense, job.budget)
         work = Work(job.target, settings(job, dense, calibration))
     run = _Run(job=job, source=source, dense=dense, work=work, calibration=calibration)
     source.keep_with(run.keep)
-    if due is None:
-        run.whole()
+    if isinstance(job.method, SparseMethod):
+        run.blocks(job.method)
     else:
-        run.blocks(budget_of(dense, due))
+        run.whole()
     facts = [work.facts(number) for number in range(len(source))]
     return Done(source=source, dense=dense, work=work, facts=facts, calibration=calibration)
 
@@ -136,17 +139,20 @@ class _Run:
                 self.work.keep(number, tensors, facts_of(self.source, number, tensors))
         return self.work.places(number)
 
-    def blocks(self, budgets: Callable[[Sequence[str]], Budget]) -> None:
-        """Decide on each block when its turn comes."""
+    def blocks(self, method: SparseMethod) -> None:
+        """Say how much of each block goes, and decide on each when its turn comes."""
+        seen = partial(self._stream, "seen", needs=True)
+        notes = noted(self.work, method.allocation, len(self.source), seen, self.job.shown)
+        budgets = budget_of(self.dense, method.due(self.dense, self.job.budget, notes))
         finished = restore(self.source, self.work)
         if finished == len(self.source):
             return
-        needs = bool(self.job.method.taps(self.source.spec))
+        needs = bool(method.taps(self.source.spec))
         stream = self._stream("hidden", finished, needs=needs)
-        shown = self.job.shown(f"{self.job.method.label}")
+        shown = self.job.shown(method.label)
         for number in range(finished, len(self.source)):
             with self.source.block(number) as block:
-                prune_block(stream, number, block, self.job.method, budgets)
+                prune_block(stream, number, block, method, budgets)
                 self._finish(stream, number, block, needs=needs)
             shown(number + 1, len(self.source))
 
@@ -206,10 +212,9 @@ class _Run:
         if known is not None:
             return known
         method, source = self.job.method, self.source
-        stats = self._observed()
         view = View(
             spec=source.spec,
-            stats=stats,
+            stats=self._observed(),
             weight=source.weight,
             bias=source.bias,
             calibration=self.calibration,
@@ -232,16 +237,15 @@ class _Run:
         """Losses of single cuts, of the whole model in memory."""
         if not taps:
             return {}
-        method, spec = self.job.method, self.source.spec
+        job, method, spec = self.job, self.job.method, self.source.spec
         assert isinstance(method, StructuredMethod), "allocations belong to structured methods"
         view = View(spec=spec, stats=found, weight=self.source.weight, bias=self.source.bias)
         scores = method.scores(view)
-        model: Any = load_hf(
-            self.job.folder, dtype=self.job.dtype, trust_remote_code=self.job.trust_remote_code
-        )
-        model.to(self.job.device)
-        shown = self.job.shown("losses of single cuts")
-        return costs(model, spec, taps, scores, self.job.batches, shown)
+        remote = job.trust_remote_code
+        model: Any = load_hf(job.folder, dtype=job.dtype, trust_remote_code=remote)
+        model.to(job.device)
+        shown = job.shown("losses of single cuts")
+        return costs(model, spec, taps, scores, job.batches, shown)
 
     def _back(self, taps: Sequence[Tap]) -> StatMap:
         """Gradients; a run that is killed meanwhile begins them again."""

@@ -64,6 +64,8 @@ class Progressive:
         """Cuts made so far, masked or committed."""
         self.history: list[dict[str, Any]] = []
         """One plain record a cut."""
+        self.notes: list[float] = []
+        """What an allocation of zeros noted of every block before the first cut."""
 
     def calibrate(
         self,
@@ -181,6 +183,7 @@ class Progressive:
             "structure": self.structure(),
             "committed": structure_of(self.physical, self.dense),
             "history": self.history,
+            "notes": self.notes,
         }
 
     def restore(
@@ -228,6 +231,7 @@ class Progressive:
         self.spec = _masked(self.physical, state["structure"]["kept"])
         self.masks.attach(self.model, self.spec)
         self.done, self.history = int(state["done"]), list(state["history"])
+        self.notes = list(state.get("notes", ()))
 
 
 def _masked(physical: Spec, kept: Mapping[str, Sequence[int]]) -> Spec:

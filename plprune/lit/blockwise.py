@@ -11,7 +11,7 @@ from torch import nn
 from plprune.budget import Budget
 from plprune.count import count_params
 from plprune.drivers.batches import calibration_hash
-from plprune.drivers.blocks import prune_blocks
+from plprune.drivers.in_memory import prune_blocks, take_notes
 from plprune.drivers.progressive import Progressive
 from plprune.errors import ConfigError
 from plprune.lit import progress
@@ -85,9 +85,10 @@ def zeroed(
         trainer.precision_plugin.forward_context(),
         torch.compiler.set_stance("force_eager"),
     ):
-        plans = prune_blocks(
-            Live(trainer, model), method, budget, share.batches, calibration, share.idle, shown
-        )
+        live, seen = Live(trainer, model), (share.batches, calibration, share.idle)
+        # Of the model before its first cut: later ones would take zeros back.
+        progressive.notes = progressive.notes or take_notes(live, method, *seen)
+        plans = prune_blocks(live, method, budget, progressive.notes, *seen, shown)
     return Plan(
         edits=(),
         fingerprint=progressive.spec.fingerprint,

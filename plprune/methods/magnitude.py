@@ -31,8 +31,8 @@ class Magnitude(ScoredSparse):
 
     @property
     def needs_data(self) -> bool:
-        """No."""
-        return False
+        """No, unless the allocation does."""
+        return self.allocation.needs_data
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """None."""

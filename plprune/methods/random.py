@@ -30,8 +30,8 @@ class Random(StructuredMethod):
 
     @property
     def needs_data(self) -> bool:
-        """No."""
-        return False
+        """No, unless the allocation does."""
+        return self.allocation.needs_data
 
     def looks_at(self, spec: Spec) -> tuple[Tap, ...]:
         """Nothing."""

@@ -31,7 +31,7 @@ from plprune.select import lowest_of_all
 from plprune.sparse import ScoredSparse
 from plprune.spec import Linear, Spec
 from plprune.stats.base import Tap
-from plprune.stats.energy import Energy
+from plprune.stats.energy import Energy, weighed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,7 @@ class Wanda(ScoredSparse):
 
     def score(self, view: View, name: str) -> Tensor:
         """|W| times the root of the mean square of its inputs."""
-        weight_RC = view.weight(name)
-        energy = view.seen(name, Energy)
-        scale_C = (energy.xx_C / energy.n).sqrt().to(weight_RC.device, torch.float32)
-        return weight_RC.abs().float() * scale_C
+        return weighed(view.weight(name), view.seen(name, Energy))
 
     def chosen(self, score_RC: Tensor, linear: Linear, drop: int) -> Tensor:
         """The pattern's choice, or prefixes of sorted rows that hold equal shares of scores."""

@@ -23,7 +23,7 @@ from plprune.plan import Keep, Plan
 from plprune.stats.base import Tap
 from plprune.stream import Stored
 
-SETTINGS, PLAN = "settings.json", "plan.json"
+SETTINGS, PLAN, NOTES = "settings.json", "plan.json", "notes.json"
 
 
 class Work:
@@ -214,6 +214,22 @@ class Work:
             stat = getattr(importlib.import_module(home), kind)
             fields.setdefault(Tap(module=module, stat=stat), {})[one] = value
         return {tap: tap.stat(**values) for tap, values in fields.items()}
+
+    def keep_note(self, number: int, note: float) -> None:
+        """Write what an allocation notes of a block of the dense model.
+
+        Args:
+            number: of the block; those before it are there.
+            note: a number.
+        """
+        notes = [*self.notes()[:number], note]
+        write_json(self.folder / NOTES, notes)
+
+    def notes(self) -> list[float]:
+        """What an earlier run noted, from the first block on."""
+        path = self.folder / NOTES
+        found: list[float] = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        return found
 
     def remove(self) -> None:
         """Throw the folder away: the export is complete."""

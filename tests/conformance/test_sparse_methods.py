@@ -13,7 +13,7 @@ import tiny
 from oracles import SPARSE
 from plprune.budget import Budget
 from plprune.describe import describe
-from plprune.drivers.blocks import prune_model
+from plprune.drivers.in_memory import prune_model
 from plprune.errors import BudgetError, ConfigError, PlanError
 from plprune.plan import Mask, Plan
 from plprune.sparse import SparseMethod

@@ -1,5 +1,8 @@
 """Zeros on several processes: the same ones as on one, and they stay, with clean moments."""
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +13,14 @@ import strategy_runs as runs
 import tiny
 from plprune.budget import Budget
 from plprune.callbacks import KeepMasks, LoRARecovery, Prune, Statistics
-from plprune.drivers.blocks import prune_model
+from plprune import dist
+from plprune.drivers.in_memory import prune_model
+from plprune.drivers.one_shot import Job, prune
 from plprune.lit.kept_zeros import KeptZeros, count_zeros
 from plprune.methods.base import Method
 from plprune.methods.sparsegpt import SparseGPT
 from plprune.methods.wanda import Wanda
+from plprune.outliers import OutlierWeighed
 from plprune.schedule import Linear
 from ranks import RankError, run_ranks
 
@@ -61,6 +67,63 @@ def test_cuts_in_a_fit_are_those_of_one_process(name: str, method: Method):
             rank["zeros"], 0.5
         )
         assert runs.gap(rank, alone) < runs.TOLERANCE
+
+
+@pytest.mark.world_size(2)
+@every_strategy
+def test_blocks_lose_by_their_outliers_as_on_one_process(name: str):
+    """Also where weights are divided: D is taken before the first cut, by all together."""
+    method = Wanda(allocation=OutlierWeighed(threshold=2.5, spread=0.1))
+    alone = run_ranks(lambda: train(name, 1, sparse(method)), 1)[0]
+    found = run_ranks(lambda: train(name, 2, sparse(method)), 2)
+    weights = sum(
+        p.numel() for n, p in tiny.model().named_parameters() if n[: -len(".weight")] in alone["zeros"]
+    )
+    for rank in found:
+        assert rank["plans"] == found[0]["plans"]
+        assert rank["weights"] == found[0]["weights"]
+        assert rank["zeros"] == alone["zeros"]
+        assert sum(rank["zeros"].values()) == weights // 2
+        assert runs.gap(rank, alone) < runs.TOLERANCE
+    sizes = {n: p.numel() for n, p in tiny.model().named_parameters()}
+    assert len({round(z / sizes[f"{n}.weight"], 2) for n, z in alone["zeros"].items()}) == 2
+
+
+def pruned_folder(folder: str, target: str, count: int) -> str:
+    """Of one rank with its share of the calibration set."""
+    method = SparseGPT(allocation=OutlierWeighed(threshold=2.5, spread=0.1))
+    share = tiny.batches(count)[dist.rank() :: dist.world_size()]
+    done = prune(
+        Job(folder=Path(folder), target=Path(target), method=method, budget=HALF, batches=share)
+    )
+    zeros = {name: done.read(name) == 0 for name in done.source.places}
+    return hashlib.sha256(
+        b"".join(zeros[name].numpy().tobytes() for name in sorted(zeros))
+    ).hexdigest()
+
+
+@pytest.mark.world_size(2)
+def test_a_folder_is_pruned_by_its_outliers_as_by_one_process(tmp_path: Path):
+    tiny.model("llama-gqa", num_hidden_layers=4).save_pretrained(tmp_path / "dense")
+    dense = str(tmp_path / "dense")
+    one = run_ranks(lambda: process(dense, str(tmp_path / "one"), 4), 1)[0]
+    two = run_ranks(lambda: process(dense, str(tmp_path / "two"), 4), 2)
+    assert two == [one, one]
+    # Negative control: another calibration set makes other zeros.
+    assert run_ranks(lambda: process(dense, str(tmp_path / "other"), 3), 1)[0] != one
+    notes = [tmp_path / f".{name}.unfinished" / "notes.json" for name in ("one", "two")]
+    first, second = (json.loads(path.read_text("utf-8")) for path in notes)
+    assert first == pytest.approx(second, abs=1e-12)
+    assert len(set(first)) > 1
+
+
+def process(folder: str, target: str, count: int) -> str:
+    """In a process group."""
+    torch.distributed.init_process_group("gloo")
+    try:
+        return pruned_folder(folder, target, count)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Pruned(Callback):

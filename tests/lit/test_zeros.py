@@ -13,13 +13,14 @@ import fitting
 import tiny
 from plprune.budget import Budget
 from plprune.callbacks import KeepMasks, LoRARecovery, Prune, Statistics
-from plprune.drivers.blocks import prune_model
+from plprune.drivers.in_memory import prune_model
 from plprune.errors import ConfigError, PlanError
 from plprune.lit.cli import main
 from plprune.lit.kept_zeros import count_zeros
 from plprune.methods.magnitude import Magnitude
 from plprune.methods.sparsegpt import SparseGPT
 from plprune.methods.wanda import Wanda
+from plprune.outliers import OutlierWeighed
 
 HALF = Budget(keep=0.5, base="prunable")
 METHODS = [Magnitude(), Wanda(), SparseGPT(), Wanda(pattern="2:4")]
@@ -74,6 +75,66 @@ def test_zeros_grow_and_stay(method: Any) -> None:
             assert int((state[weight][key][~dead] == 0).sum()) == 0
     moved = fitting.weights(module)
     assert not torch.equal(moved["policy.model.norm.weight"], before["policy.model.norm.weight"])
+
+
+OWL = OutlierWeighed(threshold=2.5, spread=0.1)
+
+
+@pytest.mark.parametrize("kind", [Magnitude, Wanda, SparseGPT])
+def test_blocks_lose_by_the_outliers_of_the_dense_model_at_every_cut(kind: Any) -> None:
+    """Later cuts go by D before the first: by that of a pruned model, zeros would have to go."""
+    module = fitting.User()
+    pruner = sparse(kind(allocation=OWL), schedule=fitting.linear(3, 2, 6))
+    fitting.fit(module, [pruner])
+    counts = count_zeros(module.net)
+    total = sum(module.net.get_submodule(name).weight.numel() for name in counts)
+    assert sum(counts.values()) == total // 2
+    assert pruner.progressive is not None
+    made = [sum(entry["zeros"].values()) for entry in pruner.progressive.history]
+    assert made == [-(-total * part // 6) for part in (1, 2, 3)]
+    notes = pruner.progressive.notes
+    assert len(notes) == 2
+    assert notes[0] != notes[1]
+    by_block = [sum(z for n, z in counts.items() if f"layers.{b}." in n) for b in range(2)]
+    assert (by_block[0] < by_block[1]) == (notes[0] > notes[1])
+    assert abs(by_block[0] / total - 0.25) == pytest.approx(OWL.spread / 2, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_killed_run_remembers_the_outliers(tmp_path: Path) -> None:
+    def run(*callbacks: Any, **more: Any) -> tuple[fitting.User, Prune]:
+        module, pruner = fitting.User(), sparse(Wanda(allocation=OWL))
+        fitting.fit(module, [pruner, *callbacks], max_steps=8, **more)
+        return module, pruner
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, pruner = run(saver, enable_checkpointing=True)
+    wanted = fitting.weights(whole)
+    for step in (1, 2, 4, 5):
+        again, other = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+        found = fitting.weights(again)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert pruner.progressive is not None
+        assert other.progressive is not None
+        assert other.progressive.notes == pruner.progressive.notes
+
+
+def test_a_config_can_ask_for_it(tmp_path: Path) -> None:
+    base = fitting.saved(tmp_path / "base")
+    values = fitting.run_values(base, tmp_path, steps=6, last_cut=4)
+    allocation = {"class_path": "plprune.outliers.OutlierWeighed", "init_args": {"threshold": 2.5}}
+    init = {"allocation": allocation}
+    values["prune"]["method"] = {"class_path": "plprune.methods.wanda.Wanda", "init_args": init}
+    values["prune"]["budget"] = {"keep": 0.5, "base": "prunable"}
+    values["export"] = {"directory": str(tmp_path / "model")}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert main(["fit", "--config", str(file)]) == 0
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    linears = {name: tensor for name, tensor in tensors.items() if "proj" in name}
+    zeros = {name: int((tensor == 0).sum()) for name, tensor in linears.items()}
+    assert sum(zeros.values()) * 2 == sum(tensor.numel() for tensor in linears.values())
+    assert len({round(zeros[name] / linears[name].numel(), 2) for name in zeros}) == 2
 
 
 def pruned() -> fitting.User:

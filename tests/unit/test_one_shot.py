@@ -16,7 +16,7 @@ from plprune.budget import Budget
 from plprune.compensate import LeastSquares, MeanBias
 from plprune.describe import describe
 from plprune.drivers import one_shot
-from plprune.drivers.blocks import prune_model
+from plprune.drivers.in_memory import prune_model
 from plprune.drivers.one_shot import Done, Job, prune
 from plprune.errors import DataError, ExportError, ModelError, PlanError, PlpruneError
 from plprune.export import save_hf
