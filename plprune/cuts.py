@@ -119,7 +119,10 @@ def _widths(
     planned: list[dict[str, int | list[int]]] = [{} for _ in progress]
     for kind, per_block in target.items():
         dense = units_per_group(spec, kind)
-        entries = [1 if kind == "mlp" else a.reader.index.shape[1] for a in spec.of_kind(kind)]
+        entries = [
+            1 if kind == "mlp" or not a.size else a.reader.index.shape[1]
+            for a in spec.of_kind(kind)
+        ]
         paths = [
             step_widths(have, want, progress, unit)
             for have, want, unit in zip(dense, per_block, entries, strict=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.errors import ExportError
+from plprune.export_depth import Closed
 from plprune.families.base import Family
 from plprune.sharded import full_shape
 from plprune.spec import Spec
@@ -111,13 +112,16 @@ class _Draft:
     """The parts both forms are made of."""
 
     def __init__(self, model: nn.Module, spec: Spec, shapes: Shapes, tied: bool) -> None:
-        self.spec, self.shapes = spec, shapes
         self.family: Family = family_of(model)
+        closed = Closed.of(spec, self.family)
+        self.spec = closed.spec(spec)
+        self.shapes = {closed.name(name): shape for name, shape in shapes.items()}
         source: Any = model.config
         self.base_type = str(getattr(source, "plprune_base_model_type", None) or source.model_type)
         self.stock = _stock_class(self.base_type)
         self.tied_name = f"{self.family.head}.weight" if tied else ""
         config = {k: v for k, v in source.to_diff_dict().items() if k not in _PER_LAYER_KEYS}
+        config = closed.config(config, source)
         # Training switches the cache off; what is exported is for generation.
         self.base: dict[str, Any] = config | {
             "model_type": self.base_type,
@@ -176,18 +180,23 @@ class _Draft:
         return Target(mode="per_layer", architecture=name, config=config, zeros=fit.zeros)
 
     def _widths(self, numbers: Mapping[str, int]) -> dict[str, int]:
-        widths = {attribute: numbers[quantity] for quantity, attribute in self.family.dims.items()}
-        return widths | {"head_dim": numbers["head_dim"]}
+        """Of what is there: a removed sublayer has none."""
+        dims = {"head_dim": "head_dim", **self.family.dims}
+        return {attribute: numbers[q] for q, attribute in dims.items() if numbers[q]}
 
     def _varying(self) -> dict[str, Any]:
         """The widest value of every width, and what single layers have instead."""
         layers = [self._widths(vars(block)) for block in self.spec.blocks]
-        widest = {attribute: max(layer[attribute] for layer in layers) for attribute in layers[0]}
-        per_layer = {
-            str(number): own
-            for number, layer in enumerate(layers)
-            if (own := {k: v for k, v in layer.items() if v != widest[k]})
-        }
+        known = dict.fromkeys(attribute for layer in layers for attribute in layer)
+        widest = {one: max(layer[one] for layer in layers if one in layer) for one in known}
+        per_layer: dict[str, dict[str, Any]] = {}
+        for number, layer in enumerate(layers):
+            block = self.spec.blocks[number]
+            gone = {"attention": not block.heads, "mlp": not block.ffn}
+            skip = [half for half, is_gone in gone.items() if is_gone]
+            own: dict[str, Any] = {k: v for k, v in layer.items() if v != widest[k]}
+            if own or skip:
+                per_layer[str(number)] = own | ({"skip": skip} if skip else {})
         config: dict[str, Any] = dict(widest)
         if per_layer:
             config["per_layer_config"] = per_layer
@@ -223,6 +232,10 @@ class _Draft:
         return sorted(found)
 
     def _ranges(self) -> list[str]:
+        for half, width in (("attention", "heads"), ("the MLP", "ffn")):
+            gone = [n for n, block in enumerate(self.spec.blocks) if not vars(block)[width]]
+            if gone:
+                return [f"{half} of layer {', '.join(map(str, gone))} was removed"]
         names = ("heads", "kv_heads", "ffn")
         values = {name: [vars(block)[name] for block in self.spec.blocks] for name in names}
         return [f"{k} {min(v)}..{max(v)}" for k, v in values.items() if min(v) < max(v)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plprune.errors import PlanError
 from plprune.sharded import shard_like, whole
-from plprune.spec import Lowered
+from plprune.spec import Lowered, removed_linears
 from plprune.surgery.linear_like import dims
 
 Cuts = tuple[tuple[int, Tensor], ...]
@@ -42,11 +42,13 @@ def cut_table(model: nn.Module, lowered: Lowered) -> dict[str, Cuts]:
         lowered: kept entries by (module, side).
 
     Returns:
-        Cuts by parameter name; parameters that lose nothing are left out.
+        Cuts by parameter name; parameters that lose nothing are left out, and so are those of
+        linears that go altogether.
     """
     table: dict[str, dict[int, Tensor]] = {}
+    gone = removed_linears(lowered)
     for (path, side), keep in lowered.items():
-        if bool(keep.all()):
+        if path in gone or bool(keep.all()):
             continue
         index = torch.nonzero(keep)[:, 0]
         module = model.get_submodule(path)
