@@ -17,7 +17,7 @@ from plprune.sharded import parameter_like, write
 from plprune.spec import Entry, Lowered, Spec
 from plprune.surgery.linear_like import base_of, is_conv1d, is_lora, is_removed, refresh_sizes
 from plprune.surgery.lower import lower
-from plprune.surgery.removal import remove, renumber
+from plprune.surgery.removal import leaving, remove, renumber
 from plprune.surgery.state import CutTable, Swap, cut, cut_table
 from plprune.surgery.written import new_values, require_writable
 from plprune.unwrap import family_of, unwrap
@@ -82,7 +82,7 @@ def commit(model: nn.Module, spec: Spec, lowered: Lowered) -> Applied:
     table = cut_table(plain, keep)
     _check_shared(plain, table)
     family, there = family_of(plain), after.linears
-    removed = [axis for axis in after.removed() if spec.axes[axis.name].slices]
+    removed = leaving(spec, after)
     gone = remove(plain, family, removed)
     norms = _dora_norms(plain, {entry: mask for entry, mask in keep.items() if entry[0] in there})
     swaps = _swap(plain, table)

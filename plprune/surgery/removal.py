@@ -13,8 +13,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from plprune.families.base import Family
-from plprune.spec import Axis
+from plprune.spec import Axis, Spec
 from plprune.surgery.linear_like import is_removed
+from plprune.unwrap import family_of
 
 
 class Removed(nn.Module):
@@ -63,6 +64,29 @@ def remove(model: nn.Module, family: Family, axes: Iterable[Axis]) -> dict[str, 
             stand_in.train(old.training)
             model.set_submodule(path, stand_in)
     return gone
+
+
+def leaving(before: Spec, after: Spec) -> tuple[Axis, ...]:
+    """Sublayers that a cut takes out of the tensors.
+
+    Args:
+        before: the model, perhaps with masked sublayers.
+        after: the model after the cut.
+    """
+    return tuple(axis for axis in after.removed() if before.axes[axis.name].slices)
+
+
+def removable(model: nn.Module, before: Spec, after: Spec) -> tuple[str, ...]:
+    """Names of the parameters that will go.
+
+    Args:
+        model: plain Hugging Face model in the coordinates of `before`.
+        before: as in `leaving`.
+        after: as in `leaving`.
+    """
+    family = family_of(model)
+    paths = [path for axis in leaving(before, after) for path in _stand_ins(family, axis)]
+    return tuple(n for path in paths for n, _ in model.get_submodule(path).named_parameters(path))
 
 
 @contextlib.contextmanager

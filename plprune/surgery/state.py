@@ -143,20 +143,28 @@ def check_kind(optimizer: torch.optim.Optimizer, *, reset: bool) -> None:
 
 
 def slice_optimizer(
-    optimizer: torch.optim.Optimizer, swaps: Iterable[Swap], *, reset: bool = False
+    optimizer: torch.optim.Optimizer,
+    swaps: Iterable[Swap],
+    *,
+    gone: Iterable[nn.Parameter] = (),
+    reset: bool = False,
 ) -> None:
     """Put the new parameters in the place of the old ones and cut their moments.
 
     Args:
         optimizer: the live optimizer; groups, learning rates and schedulers keep referring to it.
         swaps: replaced parameters.
+        gone: removed parameters; a group that loses all of its own stays, empty.
         reset: drop all state instead (also of parameters that were not cut), as TransAct's release
             does.
     """
     _refuse_lbfgs(optimizer)
-    by_old = {swap.old: swap for swap in swaps}
+    by_old, without = {swap.old: swap for swap in swaps}, set(gone)
     for group in optimizer.param_groups:
-        group["params"] = [by_old[p].new if p in by_old else p for p in group["params"]]
+        left = [p for p in group["params"] if p not in without]
+        group["params"] = [by_old[p].new if p in by_old else p for p in left]
+    for parameter in without:
+        optimizer.state.pop(parameter, None)
     if reset:
         optimizer.state.clear()
         return

@@ -56,6 +56,9 @@ def adopt(root: nn.Module) -> None:
     for module in root.modules():
         for group in _groups(module):
             _refresh(group)
+            if not group.fsdp_params:  # of a removed block: there is nothing to gather
+                state: Any = cast(FSDPModule, module)._get_fsdp_state()
+                state._fsdp_param_groups.remove(group)
 
 
 def _groups(module: nn.Module) -> list[Any]:
