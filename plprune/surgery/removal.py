@@ -143,7 +143,7 @@ def renumber(model: nn.Module, family: Family) -> None:
     listed = getattr(config, "layer_types", None)
     types = list(listed) if listed is not None else [""] * len(layers)
     types = [types[n if n in left else left[0]] for n in range(len(layers))]
-    places = {kind: (n for n, one in enumerate(types) if one == kind) for kind in types}
+    places = {kind: iter([n for n, one in enumerate(types) if one == kind]) for kind in types}
     for number in left:
         if hasattr(layers[number], "layer_idx"):
             layers[number].layer_idx = next(places[types[number]])
