@@ -99,18 +99,15 @@ def cuts(
             )
     target = method.widths(spec, budget)
     if target is None:
-        return tuple(Cut(step=p.step, budget=_partial(budget, p.progress)) for p in points)
+        return tuple(
+            Cut(step=p.step, budget=method.towards(spec, budget, p.progress)) for p in points
+        )
     planned = _widths(spec, target, [point.progress for point in points])
     _require_change(planned, {kind: units_per_group(spec, kind) for kind in target})
     return tuple(
         Cut(step=point.step, budget=replace(budget, keep=None, widths=widths))
         for point, widths in zip(points, planned, strict=True)
     )
-
-
-def _partial(budget: Budget, progress: Fraction) -> Budget:
-    assert budget.keep is not None, "a method without fixed widths needs budget.keep"
-    return replace(budget, keep=1 - float(progress) * (1 - budget.keep))
 
 
 def _widths(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.errors import ExportError
-from plprune.export_depth import Closed
+from plprune.export_depth import Closed, skipped
 from plprune.families.base import Family
 from plprune.sharded import full_shape
 from plprune.spec import Spec
@@ -188,16 +188,12 @@ class _Draft:
         """The widest value of every width, and what single layers have instead."""
         layers = [self._widths(vars(block)) for block in self.spec.blocks]
         known = dict.fromkeys(attribute for layer in layers for attribute in layer)
-        widest = {one: max(layer[one] for layer in layers if one in layer) for one in known}
-        per_layer: dict[str, dict[str, Any]] = {}
-        for number, layer in enumerate(layers):
-            block = self.spec.blocks[number]
-            gone = {"attention": not block.heads, "mlp": not block.ffn}
-            skip = [half for half, is_gone in gone.items() if is_gone]
-            own: dict[str, Any] = {k: v for k, v in layer.items() if v != widest[k]}
-            if own or skip:
-                per_layer[str(number)] = own | ({"skip": skip} if skip else {})
-        config: dict[str, Any] = dict(widest)
+        config: dict[str, Any] = {k: max(one[k] for one in layers if k in one) for k in known}
+        per_layer = {
+            str(number): own
+            for number, (layer, block) in enumerate(zip(layers, self.spec.blocks, strict=True))
+            if (own := {k: v for k, v in layer.items() if v != config[k]} | skipped(block))
+        }
         if per_layer:
             config["per_layer_config"] = per_layer
         heads = {self.family.dims["heads"], self.family.dims["kv_heads"]}

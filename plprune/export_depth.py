@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from plprune.families.base import Family
-from plprune.spec import Spec
+from plprune.spec import BlockDims, Spec
 
 _LAYERS, _TYPES = "num_hidden_layers", "layer_types"
 
@@ -100,3 +100,14 @@ class Closed:
     def _there(self, key: str) -> bool:
         found = self._pattern.search(key)
         return found is None or int(found[2]) in self.numbers
+
+
+def skipped(block: BlockDims) -> dict[str, Any]:
+    """What a layer's config says of sublayers that it has not.
+
+    Args:
+        block: dimensions of the layer.
+    """
+    gone = {"attention": not block.heads, "mlp": not block.ffn}
+    names = [half for half, is_gone in gone.items() if is_gone]
+    return {"skip": names} if names else {}

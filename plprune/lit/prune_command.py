@@ -175,8 +175,9 @@ def _counts(done: Done) -> dict[str, Any]:
 def _show(done: Done, target: Path) -> None:
     counts = _counts(done)
     table = [("axis", "dense", "kept")]
-    kept = done.source.spec.widths()
-    for kind, widths in done.dense.widths().items():
+    depth = bool(done.source.spec.removed())
+    kept = done.source.spec.widths(depth=depth)
+    for kind, widths in done.dense.widths(depth=depth).items():
         table.append((kind, span(widths), span(kept[kind])))
     show("Widths", table)
     lines(

@@ -8,7 +8,8 @@ Legend: R rows, C columns.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
@@ -108,6 +109,21 @@ class Method(ABC):
         """
         del spec, budget
         return None
+
+    def towards(self, spec: Spec, budget: Budget, progress: Fraction) -> Budget:
+        """The budget of a cut on the way, where widths depend on statistics.
+
+        Args:
+            spec: the dense model.
+            budget: of the last cut.
+            progress: share of the way, 1 at the last cut.
+
+        Returns:
+            What is left after the cut.
+        """
+        del spec
+        assert budget.keep is not None, "a method without fixed widths needs budget.keep"
+        return replace(budget, keep=1 - float(progress) * (1 - budget.keep))
 
     def stages(self, spec: Spec) -> tuple[tuple[str, ...], ...]:
         """Linears of a block that are planned together; later ones see what earlier ones did.

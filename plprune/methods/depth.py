@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
@@ -104,6 +105,16 @@ class Depth(Method):
             return tuple((axis,) for axis in there)
         blocks = dict.fromkeys(axis.block for axis in there)
         return tuple(tuple(a for a in there if a.block == block) for block in blocks)
+
+    def towards(self, spec: Spec, budget: Budget, progress: Fraction) -> Budget:
+        """Equal shares of what goes, in whole units where the budget counts them."""
+        part = budget if budget.keep is None else super().towards(spec, budget, progress)
+        count = budget.widths.get(self.units)
+        if not isinstance(count, int):
+            return part
+        total = len(self.units_of(spec))
+        left = math.ceil(total - progress * (total - count))
+        return replace(part, widths={**budget.widths, self.units: left})
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """The residual stream around every unit; nothing for losses."""
