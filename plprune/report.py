@@ -209,7 +209,7 @@ def _speed_sentences(report: Report) -> Iterator[str]:
 
 
 def _depth_sentence(kind: str, rows: Sequence[tuple[int, int]]) -> Iterator[str]:
-    gone = [number for number, (kept, dense) in enumerate(rows) if kept < dense]
+    gone = [block for block, (kept, dense) in enumerate(rows) if kept < dense]
     if gone:
         half = "attention" if kind == SUBLAYERS[0] else "MLP"
         yield f"{half} removed in {len(gone)} of {len(rows)} blocks: {spans(gone)}."
@@ -218,11 +218,11 @@ def _depth_sentence(kind: str, rows: Sequence[tuple[int, int]]) -> Iterator[str]
 def spans(numbers: Sequence[int]) -> str:
     """Numbers in order, neighbours together: `0, 3 to 5`."""
     runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
+    for one in numbers:
+        if runs and runs[-1][-1] == one - 1:
+            runs[-1].append(one)
         else:
-            runs.append([number])
+            runs.append([one])
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
 
 

@@ -92,25 +92,25 @@ def saver(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
 
 
+def run_saved(folder: Path, name: str, **more: Any) -> tuple[User, Any]:
+    """The same with a checkpoint of every step, or from one."""
+    ckpt_path = more.pop("ckpt_path", None)
+    module, made = User(**DEEP), pruner(name, **more)
+    settings = {"max_steps": 9, "enable_checkpointing": True, "ckpt_path": ckpt_path}
+    fit(module, [made, saver(folder)], **settings)
+    return module, made
+
+
 @every_method
 @pytest.mark.parametrize("commit", ["every", "last"])
-@pytest.mark.parametrize("step", [1, 4, 7])
-def test_resumed_is_uninterrupted(name: str, commit: str, step: int, tmp_path: Path) -> None:
-    whole, one = run(name, [saver(tmp_path)], commit=commit)
-    again, other = User(**DEEP), pruner(name, commit=commit)
-    fit(
-        again, [other, saver(tmp_path)], ckpt_path=tmp_path / f"step={step}.ckpt", max_steps=9,
-        enable_checkpointing=True,
-    )  # fmt: skip
-    assert hashes(one) == hashes(other)
-    assert gap(whole.losses[step:], again.losses) < 1e-9
-    oracles.close(weights(whole), weights(again))
-
-
-def run_saved(folder: Path, name: str, callbacks: Any = ()) -> tuple[User, Any]:
-    module, made = User(**DEEP), pruner(name)
-    fit(module, [made, *callbacks, saver(folder)], max_steps=9, enable_checkpointing=True)
-    return module, made
+def test_resumed_is_uninterrupted(name: str, commit: str, tmp_path: Path) -> None:
+    whole, one = run_saved(tmp_path, name, commit=commit)
+    for step in (1, 4, 7):
+        path = tmp_path / f"step={step}.ckpt"
+        again, other = run_saved(tmp_path / "again", name, commit=commit, ckpt_path=path)
+        assert hashes(one) == hashes(other)
+        assert gap(whole.losses[step:], again.losses) < 1e-9
+        oracles.close(weights(whole), weights(again))
 
 
 def test_a_checkpoint_without_blocks_is_refused_by_a_dense_run(tmp_path: Path) -> None:
