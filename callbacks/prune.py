@@ -229,9 +229,9 @@ class Prune(Callback):
         if self.method.order == "blocks":
             share = self.statistics.share_for(trainer, number)
             return blockwise.zeroed(trainer, progressive, self.method, cut.budget, share)
-        seen, share = self._statistics(trainer, progressive)
+        seen, batches = self._statistics(trainer, progressive)
         with trainer.precision_plugin.forward_context():
-            plan = progressive.decide(self.method, cut.budget, seen, share)
+            plan = progressive.decide(self.method, cut.budget, seen, batches)
         if plan.empty:
             log.warning("cut %d changes nothing: the widths asked for are there", number)
         else:

@@ -120,10 +120,9 @@ class _Draft:
         self.base_type = str(getattr(source, "plprune_base_model_type", None) or source.model_type)
         self.stock = _stock_class(self.base_type)
         self.tied_name = f"{self.family.head}.weight" if tied else ""
-        config = {k: v for k, v in source.to_diff_dict().items() if k not in _PER_LAYER_KEYS}
-        config = closed.config(config, source)
+        stated = {k: v for k, v in source.to_diff_dict().items() if k not in _PER_LAYER_KEYS}
         # Training switches the cache off; what is exported is for generation.
-        self.base: dict[str, Any] = config | {
+        self.base: dict[str, Any] = closed.config(stated, source) | {
             "model_type": self.base_type,
             "tie_word_embeddings": tied,
             "use_cache": True,
@@ -196,10 +195,10 @@ class _Draft:
         }
         if per_layer:
             config["per_layer_config"] = per_layer
-        heads = {self.family.dims["heads"], self.family.dims["kv_heads"]}
-        if any(heads & set(own) for own in per_layer.values()):
-            # Generic code reads global head counts, and would stop instead of getting the widest.
-            config["allow_global_per_layer_attribute_access"] = True
+            heads = {self.family.dims["heads"], self.family.dims["kv_heads"]}
+            if any(heads & set(own) for own in per_layer.values()):
+                # Generic code reads global head counts: it shall get the widest, and not stop.
+                config["allow_global_per_layer_attribute_access"] = True
         return config
 
     def _bias_flags(self) -> dict[str, bool]:
@@ -228,12 +227,8 @@ class _Draft:
         return sorted(found)
 
     def _ranges(self) -> list[str]:
-        for half, width in (("attention", "heads"), ("the MLP", "ffn")):
-            gone = [n for n, block in enumerate(self.spec.blocks) if not vars(block)[width]]
-            if gone:
-                return [f"{half} of layer {', '.join(map(str, gone))} was removed"]
-        names = ("heads", "kv_heads", "ffn")
-        values = {name: [vars(block)[name] for block in self.spec.blocks] for name in names}
+        blocks = [vars(block) for block in self.spec.blocks]
+        values = {name: [b[name] for b in blocks] for name in ("heads", "kv_heads", "ffn")}
         return [f"{k} {min(v)}..{max(v)}" for k, v in values.items() if min(v) < max(v)]
 
     def _fit(self, cls: Any, config: dict[str, Any]) -> _Fit:
@@ -241,9 +236,7 @@ class _Draft:
         try:
             with torch.device("meta"):
                 empty = cls(cls.config_class.from_dict(dict(config)))
-        except (
-            Exception
-        ) as error:  # a stock class may refuse with anything; its words are the reason
+        except Exception as error:  # it may refuse with anything; its words are the reason
             return _Fit(reason=str(error).strip().splitlines()[-1].strip())
         asked = {n: tuple(t.shape) for n, t in empty.state_dict().items() if n != self.tied_name}
         extra = tuple(sorted(set(self.shapes) - set(asked)))

@@ -90,16 +90,17 @@ class Closed:
         if chosen is not None:
             numbers = [chosen] if isinstance(chosen, int) else list(chosen)
             config.layers_to_transform = [self.numbers[n] for n in numbers if n in self.numbers]
+        # Keys are ends of module paths, or patterns of them.
+        last = re.escape(self.stack.rpartition(".")[2])
+        layer = re.compile(rf"((?:^|\W){last}\\?\.)(\d+)(?=\W|$)")
         for field in ("rank_pattern", "alpha_pattern"):
-            given = getattr(config, field)
-            setattr(config, field, {self._named(k): v for k, v in given.items() if self._there(k)})
-
-    def _named(self, key: str) -> str:
-        return self.name(key) if self._pattern.search(key) else key
-
-    def _there(self, key: str) -> bool:
-        found = self._pattern.search(key)
-        return found is None or int(found[2]) in self.numbers
+            moved = {}
+            for key, value in getattr(config, field).items():
+                found = layer.search(key)
+                if found is None or int(found[2]) in self.numbers:
+                    new = layer.sub(lambda one: f"{one[1]}{self.numbers[int(one[2])]}", key)
+                    moved[new] = value
+            setattr(config, field, moved)
 
 
 def skipped(block: BlockDims) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from plprune import dist
 from plprune.callbacks.export import require_writable
 from plprune.callbacks.prune import Prune
 from plprune.drivers.compensated import parts
-from plprune.drivers.one_shot import Done, Job, prune
+from plprune.drivers.job import Job
+from plprune.drivers.one_shot import Done, prune
 from plprune.errors import ConfigError
 from plprune.lit.launched import process_group
 from plprune.lit.parts_cli import PartsCLI

@@ -110,6 +110,8 @@ def keep_edits(spec: Spec, kept: Mapping[str, Sequence[int]]) -> tuple[Keep, ...
     edits = []
     for name, units in kept.items():
         origin = spec.axes[name].origin
+        if not units and not spec.axes[name].removable:
+            continue  # its sublayer is gone, which is said of that
         stays = torch.isin(origin, torch.tensor(list(units), dtype=torch.int64))
         if not bool(stays.all()):
             edits.append(Keep(axis=name, kept=torch.nonzero(stays)[:, 0]))

@@ -21,6 +21,7 @@ from strategy_runs import TOLERANCE, on_ranks
 pytestmark = [
     pytest.mark.world_size(2),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
     pytest.mark.filterwarnings("ignore:When saving the DeepSpeed Stage 3 checkpoint"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
 ]
