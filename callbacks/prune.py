@@ -229,7 +229,9 @@ class Prune(Callback):
         if self.method.order == "blocks":
             share = self.statistics.share_for(trainer, number)
             return blockwise.zeroed(trainer, progressive, self.method, cut.budget, share)
-        plan = progressive.decide(self.method, cut.budget, self._statistics(trainer, progressive))
+        seen, batches = self._statistics(trainer, progressive)
+        with trainer.precision_plugin.forward_context():
+            plan = progressive.decide(self.method, cut.budget, seen, batches)
         if plan.empty:
             log.warning("cut %d changes nothing: the widths asked for are there", number)
         else:
@@ -241,17 +243,21 @@ class Prune(Callback):
         reset = self.optimizer_state == "reset"
         commit_masked(trainer, progressive, self.statistics.probe, reset=reset)
 
-    def _statistics(self, trainer: Trainer, progressive: Progressive) -> tuple[StatMap, str]:
+    def _statistics(
+        self, trainer: Trainer, progressive: Progressive
+    ) -> tuple[tuple[StatMap, str], tuple[Any, Any] | None]:
+        """What the method looks at; batches to measure losses on and idle ones, if there are."""
         assert self.method is not None, "checked by the caller"
         number = progressive.done + 1
         if self.statistics.source != "training":
             share = self.statistics.share_for(trainer, number)
             shown = progress.shown(trainer, f"calibration for cut {number} of {len(self.cuts)}")
             with trainer.precision_plugin.forward_context():
-                return progressive.calibrate(self.method, share.batches, shown, share.idle)
+                seen = progressive.calibrate(self.method, share.batches, shown, share.idle)
+            return seen, (share.batches, share.idle)
         stats = self._watch.take(self.method.taps(progressive.spec), trainer.global_step)
         self.statistics.probe = self._watch.probe
-        return stats, ""
+        return (stats, ""), None
 
     def _watch_if_due(self, trainer: Trainer, batch: Any) -> None:
         assert self.method is not None, "checked by the caller"

@@ -15,8 +15,8 @@ Widths = dict[str, list[int]]
 
 
 def units_per_group(spec: Spec, kind: str) -> list[int]:
-    """Units of a kind in each block; for grouped kinds in each group."""
-    return [axis.size // axis.groups for axis in spec.of_kind(kind)]
+    """Units of a kind in each block (and group), 0 where the sublayer is gone."""
+    return [axis.size // max(1, axis.groups) for axis in spec.of_kind(kind)]
 
 
 def sizes_of(spec: Spec, widths: Mapping[str, list[int]]) -> dict[str, int]:
@@ -63,7 +63,9 @@ def fixed_widths(spec: Spec, budget: Budget) -> Widths:
                 )
     for kind, given in budget.widths.items():
         have = units_per_group(spec, kind)
-        per_block = list(given) if isinstance(given, list) else [given] * len(have)
+        # A single number leaves alone the blocks that have no such sublayer.
+        one = given if isinstance(given, int) else 0
+        per_block = list(given) if isinstance(given, list) else [min(one, n * one) for n in have]
         if len(per_block) != len(have):
             raise BudgetError(
                 f"budget.widths.{kind} has the wrong length",
@@ -71,7 +73,7 @@ def fixed_widths(spec: Spec, budget: Budget) -> Widths:
                 allowed=f"one number, or one for each of {len(have)} blocks",
             )
         for block, (width, most) in enumerate(zip(per_block, have, strict=True)):
-            if not 1 <= width <= most:
+            if not min(1, most) <= width <= most:
                 raise BudgetError(
                     f"{kind} width {width} requested for block {block}",
                     given=str(width),
@@ -109,7 +111,7 @@ def uniform(
         _require_within(spec, budget, widths)
         return widths
     for kind in free:
-        if len(set(units_per_group(spec, kind))) > 1:
+        if len(set(units_per_group(spec, kind)) - {0}) > 1:
             raise BudgetError(
                 f"blocks differ in {kind}, a uniform budget cannot be split",
                 given=str(units_per_group(spec, kind)),
@@ -119,7 +121,7 @@ def uniform(
     share = _equal_share(spec, budget, widths, free, target, spare)
     *rounded_up, last = free
     chosen = {
-        k: _round_up(share, units_per_group(spec, k)[0], budget.multiple_of.get(k, 1))
+        k: _round_up(share, max(units_per_group(spec, k)), budget.multiple_of.get(k, 1))
         for k in rounded_up
     }
     while True:
@@ -162,14 +164,14 @@ def _equal_share(
 def _spread(spec: Spec, kind: str, width: int, spare: Collection[int]) -> list[int]:
     """A width in every block but those that keep all they have."""
     have = enumerate(units_per_group(spec, kind))
-    return [dense if block in spare else width for block, dense in have]
+    return [dense if block in spare or not dense else width for block, dense in have]
 
 
 def _largest(
     spec: Spec, budget: Budget, widths: Widths, kind: str, target: float, spare: Collection[int]
 ) -> int | None:
     """Largest width of a kind, on its multiple, whose price stays within the target."""
-    multiple, most = budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0]
+    multiple, most = budget.multiple_of.get(kind, 1), max(units_per_group(spec, kind))
 
     def fits(width: int) -> bool:
         sizes = sizes_of(spec, {**widths, kind: _spread(spec, kind, width, spare)})
@@ -214,7 +216,7 @@ def _require_within(spec: Spec, budget: Budget, widths: Widths) -> None:
 def _impossible(
     spec: Spec, budget: Budget, widths: Widths, kind: str, spare: Collection[int]
 ) -> BudgetError:
-    fewest = min(budget.multiple_of.get(kind, 1), units_per_group(spec, kind)[0])
+    fewest = min(budget.multiple_of.get(kind, 1), max(units_per_group(spec, kind)))
     least = {**widths, kind: _spread(spec, kind, fewest, spare)}
     floor = price(spec, budget, sizes_of(spec, least)) / price(spec, budget)
     return BudgetError(

@@ -188,7 +188,7 @@ class GlobalThreshold(Allocation):
         free = {
             axis.name: scores[axis.name].double().sort(descending=True).values
             for axis in spec.axes.values()
-            if axis.kind in kinds and axis.name not in fixed
+            if axis.kind in kinds and axis.name not in fixed and axis.size
         }
         values = torch.unique(torch.cat([*free.values()]))
         low, high, best = 0, len(values), None
@@ -249,7 +249,7 @@ class MeasuredLoss(Allocation):
         fixed = fixed_widths(spec, budget)
         worth = {}
         for axis in spec.axes.values():
-            if axis.kind in kinds and axis.kind not in fixed:
+            if axis.kind in kinds and axis.kind not in fixed and axis.size:
                 curve = view.stats[Tap(module=axis.reader.module, stat=LossCurve)]
                 assert isinstance(curve, LossCurve), "taps name their class"
                 whole = price(spec, budget)

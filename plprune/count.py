@@ -88,6 +88,9 @@ def count_params(spec: Spec, sizes: Sizes | None = None) -> Counts:
         rows = _extent(spec, name, "out", sizes)
         prunable = prunable + rows * _extent(spec, name, "in", sizes) + (rows if linear.bias else 0)
     blocks = prunable + spec.block_rest
+    for axis in spec.axes.values():
+        if axis.own:
+            blocks = blocks + axis.own * _units(axis, sizes)
     outside = blocks + spec.outside_rest
     return Counts(
         prunable=prunable, blocks=blocks, non_embedding=outside, model=outside + spec.embedding
@@ -132,12 +135,15 @@ def kv_cache_bytes(spec: Spec, sizes: Sizes | None = None, *, itemsize: int = 2)
         Bytes, a number or a tensor.
     """
     total: Any = 0
+    there = {axis.block: _units(axis, sizes) for axis in spec.of_kind("attention_sublayer")}
     for axis in spec.of_kind("kv_group"):
         width = spec.blocks[axis.block].head_dim
-        total = total + 2 * width * itemsize * (
-            axis.size if sizes is None else sizes.get(axis.name, axis.size)
-        )
+        total = total + 2 * width * itemsize * _units(axis, sizes) * there.get(axis.block, 1)
     return total
+
+
+def _units(axis: Axis, sizes: Sizes | None) -> Any:
+    return axis.size if sizes is None else sizes.get(axis.name, axis.size)
 
 
 def price(spec: Spec, budget: Budget, sizes: Sizes | None = None) -> Any:
@@ -189,7 +195,7 @@ def tally(model: nn.Module, spec: Spec, *, context: int = 2048) -> Tally:
         else:
             other += full_shape(parameter).numel()
     linears -= _masked(plain, spec)
-    blocks = linears + inside
+    blocks = linears + inside - sum(axis.own for axis in spec.removed() if axis.slices)
     params = Counts(
         prunable=linears,
         blocks=blocks,
@@ -222,7 +228,7 @@ def _extent(spec: Spec, module: str, side: Side, sizes: Sizes | None) -> Any:
     alive: Any = _alive(spec, module, side)
     extent = alive
     for axis, covered in _coverage(spec).get((module, side), ()):
-        kept = axis.size if sizes is None else sizes.get(axis.name, axis.size)
+        kept = _units(axis, sizes)
         if isinstance(kept, int) and kept == axis.size:
             continue
         extent = extent * (1 - covered / alive * (1 - kept / axis.size))

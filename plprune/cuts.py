@@ -99,7 +99,9 @@ def cuts(
             )
     target = method.widths(spec, budget)
     if target is None:
-        return tuple(Cut(step=p.step, budget=_partial(budget, p.progress)) for p in points)
+        return tuple(
+            Cut(step=p.step, budget=method.towards(spec, budget, p.progress)) for p in points
+        )
     planned = _widths(spec, target, [point.progress for point in points])
     _require_change(planned, {kind: units_per_group(spec, kind) for kind in target})
     return tuple(
@@ -108,18 +110,16 @@ def cuts(
     )
 
 
-def _partial(budget: Budget, progress: Fraction) -> Budget:
-    assert budget.keep is not None, "a method without fixed widths needs budget.keep"
-    return replace(budget, keep=1 - float(progress) * (1 - budget.keep))
-
-
 def _widths(
     spec: Spec, target: Mapping[str, list[int]], progress: Sequence[Fraction]
 ) -> list[dict[str, int | list[int]]]:
     planned: list[dict[str, int | list[int]]] = [{} for _ in progress]
     for kind, per_block in target.items():
         dense = units_per_group(spec, kind)
-        entries = [1 if kind == "mlp" else a.reader.index.shape[1] for a in spec.of_kind(kind)]
+        entries = [
+            1 if kind == "mlp" or not a.size else a.reader.index.shape[1]
+            for a in spec.of_kind(kind)
+        ]
         paths = [
             step_widths(have, want, progress, unit)
             for have, want, unit in zip(dense, per_block, entries, strict=True)

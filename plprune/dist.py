@@ -85,7 +85,7 @@ def reduce(stats: StatMap) -> StatMap:
     if world_size() == 1:
         return stats
     reduced: StatMap = {}
-    for tap in sorted(stats, key=lambda tap: (tap.module, tap.stat.__name__)):
+    for tap in sorted(stats, key=lambda tap: (tap.module, tap.until, tap.stat.__name__)):
         reduced[tap] = stats[tap].mapped(lambda _, value: summed(value))
     return reduced
 

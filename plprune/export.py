@@ -20,6 +20,7 @@ from plprune.describe import describe
 from plprune.errors import ExportError
 from plprune.export_card import CardInfo, card_text
 from plprune.export_config import MODELING_FILE, Mode, Target, modeling_source, target_for
+from plprune.export_depth import Closed
 from plprune.export_folder import require_space, staging
 from plprune.export_weights import bytes_of, dtype_of, is_tied, tensors_of, write_shards
 from plprune.files import write_json
@@ -108,6 +109,7 @@ def save_hf(
     _check_model(plain, spec, structure)
     _check_reports(chosen.report_files)
     shared = any_sharded(plain.parameters())
+    closed, elsewhere = Closed.of(spec, family_of(plain)), chosen.read or _nowhere
     factors = None if chosen.adapters is None else adapter_state(plain)
     writes = not shared or dist.rank() == 0
     folder = staging(target_dir, overwrite=overwrite) if writes else contextlib.nullcontext()
@@ -122,11 +124,18 @@ def save_hf(
                 _fill(work, plain, structure, target, tensors, info, chosen)
         with dist.together() if shared else contextlib.nullcontext():
             if work is not None and chosen.adapters is not None:
-                save_adapter(chosen.adapters, work / ADAPTERS, spec, factors)
+                save_adapter(chosen.adapters, work / ADAPTERS, spec, factors, closed=closed)
         # Last, because it takes longest: whatever can fail quickly has failed by now.
         limit = chosen.max_shard_bytes
-        write_shards(work, tensors, target.zeros, chosen.dtype, limit, read=chosen.read)
+        own = {closed.name(name): name for name in tensors}
+        named = {name: tensors[known] for name, known in own.items()}
+        read = None if chosen.read is None else lambda name: elsewhere(own[name])
+        write_shards(work, named, target.zeros, chosen.dtype, limit, read=read)
     return target_dir
+
+
+def _nowhere(name: str) -> Tensor:
+    raise KeyError(name)
 
 
 def _tensors(model: nn.Module, chosen: _Chosen) -> dict[str, Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from plprune.export_config import Target
 from plprune.families.base import Family
+from plprune.report import spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +126,16 @@ def _opening(info: CardInfo) -> str:
 def _changes(structure: Mapping[str, Any]) -> str:
     before, after = structure["dense_blocks"], structure["blocks"]
     columns = (("query heads", "heads"), ("KV heads", "kv_heads"), ("MLP channels", "ffn"))
+    removed = _removed(after)
+    there = [(b, a) for b, a in zip(before, after, strict=True) if a["heads"] or a["ffn"]]
+    before, after = [b for b, _ in there], [a for _, a in there]
     changed = [
         column
         for column in columns
         if any(a[column[1]] != b[column[1]] for a, b in zip(after, before, strict=True))
     ]
     if not changed:
-        return "Nothing was removed."
+        return removed or "Nothing was removed."
     rows = [
         ("all" if _uniform(before, after) else str(i), b, a)
         for i, (b, a) in enumerate(zip(before, after, strict=True))
@@ -144,7 +148,18 @@ def _changes(structure: Mapping[str, Any]) -> str:
         lines.append([label, *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = "Which units were kept is listed in `plprune_structure.json`."
-    return f"{table}\n\n{note}"
+    return "\n\n".join(part for part in (removed, table, note) if part)
+
+
+def _removed(blocks: Sequence[Mapping[str, int]]) -> str:
+    """Layers of which nothing is left, and where that shows."""
+    gone = [number for number, block in enumerate(blocks) if not (block["heads"] or block["ffn"])]
+    if not gone:
+        return ""
+    return (
+        f"Whole layers were removed: {spans(gone)} of the base's {len(blocks)}, counted from 0. "
+        "Those after them moved up."
+    )
 
 
 def _uniform(before: list[dict[str, int]], after: list[dict[str, int]]) -> bool:

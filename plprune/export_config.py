@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.errors import ExportError
+from plprune.export_depth import Closed, skipped
 from plprune.families.base import Family
 from plprune.sharded import full_shape
 from plprune.spec import Spec
@@ -111,15 +112,17 @@ class _Draft:
     """The parts both forms are made of."""
 
     def __init__(self, model: nn.Module, spec: Spec, shapes: Shapes, tied: bool) -> None:
-        self.spec, self.shapes = spec, shapes
         self.family: Family = family_of(model)
+        closed = Closed.of(spec, self.family)
+        self.spec = closed.spec(spec)
+        self.shapes = {closed.name(name): shape for name, shape in shapes.items()}
         source: Any = model.config
         self.base_type = str(getattr(source, "plprune_base_model_type", None) or source.model_type)
         self.stock = _stock_class(self.base_type)
         self.tied_name = f"{self.family.head}.weight" if tied else ""
-        config = {k: v for k, v in source.to_diff_dict().items() if k not in _PER_LAYER_KEYS}
+        stated = {k: v for k, v in source.to_diff_dict().items() if k not in _PER_LAYER_KEYS}
         # Training switches the cache off; what is exported is for generation.
-        self.base: dict[str, Any] = config | {
+        self.base: dict[str, Any] = closed.config(stated, source) | {
             "model_type": self.base_type,
             "tie_word_embeddings": tied,
             "use_cache": True,
@@ -176,25 +179,26 @@ class _Draft:
         return Target(mode="per_layer", architecture=name, config=config, zeros=fit.zeros)
 
     def _widths(self, numbers: Mapping[str, int]) -> dict[str, int]:
-        widths = {attribute: numbers[quantity] for quantity, attribute in self.family.dims.items()}
-        return widths | {"head_dim": numbers["head_dim"]}
+        """Of what is there: a removed sublayer has none."""
+        dims = {"head_dim": "head_dim", **self.family.dims}
+        return {attribute: numbers[q] for q, attribute in dims.items() if numbers[q]}
 
     def _varying(self) -> dict[str, Any]:
         """The widest value of every width, and what single layers have instead."""
         layers = [self._widths(vars(block)) for block in self.spec.blocks]
-        widest = {attribute: max(layer[attribute] for layer in layers) for attribute in layers[0]}
+        known = dict.fromkeys(attribute for layer in layers for attribute in layer)
+        config: dict[str, Any] = {k: max(one[k] for one in layers if k in one) for k in known}
         per_layer = {
             str(number): own
-            for number, layer in enumerate(layers)
-            if (own := {k: v for k, v in layer.items() if v != widest[k]})
+            for number, (layer, block) in enumerate(zip(layers, self.spec.blocks, strict=True))
+            if (own := {k: v for k, v in layer.items() if v != config[k]} | skipped(block))
         }
-        config: dict[str, Any] = dict(widest)
         if per_layer:
             config["per_layer_config"] = per_layer
-        heads = {self.family.dims["heads"], self.family.dims["kv_heads"]}
-        if any(heads & set(own) for own in per_layer.values()):
-            # Generic code reads global head counts, and would stop instead of getting the widest.
-            config["allow_global_per_layer_attribute_access"] = True
+            heads = {self.family.dims["heads"], self.family.dims["kv_heads"]}
+            if any(heads & set(own) for own in per_layer.values()):
+                # Generic code reads global head counts: it shall get the widest, and not stop.
+                config["allow_global_per_layer_attribute_access"] = True
         return config
 
     def _bias_flags(self) -> dict[str, bool]:
@@ -223,8 +227,8 @@ class _Draft:
         return sorted(found)
 
     def _ranges(self) -> list[str]:
-        names = ("heads", "kv_heads", "ffn")
-        values = {name: [vars(block)[name] for block in self.spec.blocks] for name in names}
+        blocks = [vars(block) for block in self.spec.blocks]
+        values = {name: [b[name] for b in blocks] for name in ("heads", "kv_heads", "ffn")}
         return [f"{k} {min(v)}..{max(v)}" for k, v in values.items() if min(v) < max(v)]
 
     def _fit(self, cls: Any, config: dict[str, Any]) -> _Fit:
@@ -232,9 +236,7 @@ class _Draft:
         try:
             with torch.device("meta"):
                 empty = cls(cls.config_class.from_dict(dict(config)))
-        except (
-            Exception
-        ) as error:  # a stock class may refuse with anything; its words are the reason
+        except Exception as error:  # it may refuse with anything; its words are the reason
             return _Fit(reason=str(error).strip().splitlines()[-1].strip())
         asked = {n: tuple(t.shape) for n, t in empty.state_dict().items() if n != self.tied_name}
         extra = tuple(sorted(set(self.shapes) - set(asked)))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.errors import ExportError, StructureError
+from plprune.export_depth import Closed
 from plprune.lora import ADAPTER, Injected, inject
 from plprune.sharded import state_of, whole
 from plprune.spec import Spec
@@ -36,6 +37,7 @@ def save_adapter(
     spec: Spec,
     tensors: Mapping[str, Tensor] | None = None,
     *,
+    closed: Closed | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write adapters that peft alone can load, with the hash of the structure they fit.
@@ -46,6 +48,7 @@ def save_adapter(
         spec: of the model as it is.
         tensors: from `adapter_state`, which all ranks must call where weights are divided; None
             calls it.
+        closed: new numbers of blocks, where some are not written; None: all are.
         overwrite: replace an existing directory.
 
     Returns:
@@ -72,6 +75,9 @@ def save_adapter(
         config = copy.copy(injected.tuner.peft_config[ADAPTER])
         # PiSSA and its like changed the base when they began: peft must not do that again.
         config.init_lora_weights = True
+        if closed is not None:
+            closed.adapter(config)
+            tensors = {closed.name(name): tensor for name, tensor in tensors.items()}
         config.save_pretrained(str(temporary))
         # Not in adapter_config.json: peft warns about keys it does not know.
         metadata = {"format": "pt", HASH_KEY: structure_hash(spec)}

@@ -37,6 +37,12 @@ class LogicalMasks:
         self.remove()
         plain = unwrap(model)
         for (path, side), dead in spec.dead.items():
+            if side == "out" and bool(dead.all()) and (path, "in") in spec.dead:
+                # The last linear of a removed sublayer: its bias goes too. All stays in the graph,
+                # because DDP waits for the gradient of every parameter.
+                self._handles.append(
+                    plain.get_submodule(path).register_forward_hook(_silent, prepend=True)
+                )
             if side == "in":
                 hook = _multiply(~dead)
                 self._handles.append(
@@ -62,6 +68,10 @@ def _multiply(keep_C: Tensor) -> Any:
         return (x * keep_C.to(x.dtype), *args[1:])
 
     return hook
+
+
+def _silent(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    return out * 0
 
 
 def _recompile() -> None:

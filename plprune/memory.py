@@ -219,9 +219,10 @@ def statistics_bytes(spec: Spec, taps: Iterable[Tap]) -> int:
     Returns:
         Bytes.
     """
-    return sum(
-        _bytes(tap.stat.zero(spec.linears[tap.module].cols, "meta").tensors()) for tap in taps
-    )
+    linears = spec.linears
+    # Of the residual stream between modules only numbers are kept.
+    columns = {tap: linears[tap.module].cols if tap.side == "input" else 0 for tap in taps}
+    return sum(_bytes(tap.stat.zero(cols, "meta").tensors()) for tap, cols in columns.items())
 
 
 def _forward(

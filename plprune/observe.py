@@ -28,6 +28,13 @@ class Observation:
         self.token_mask: Tensor | None = None
         """[B, T] bool for the batch under way, True for tokens that count; None counts all."""
 
+    @property
+    def looking(self) -> bool:
+        """Whether what comes now counts."""
+        # Gradient checkpointing runs the forward again inside backward: those tokens were counted
+        # already.
+        return self.active and torch._C._current_graph_task_id() == -1
+
     def record(self, tap: Tap, x: Tensor) -> None:
         """Add one activation.
 
@@ -35,9 +42,7 @@ class Observation:
             tap: where it was taken.
             x: [B, T, C] activation (OPT-like models may hand over [B * T, C]).
         """
-        # Gradient checkpointing runs the forward again inside backward: those tokens were counted
-        # already.
-        if not self.active or torch._C._current_graph_task_id() != -1:
+        if not self.looking:
             return
         stat = self.stats.get(tap)
         if stat is None:
@@ -73,6 +78,9 @@ def observe(model: nn.Module, taps: Iterable[Tap]) -> Iterator[Observation]:
                 raise PlanError(
                     "tap without a module", given=tap.module, allowed="a module of the model"
                 ) from error
+            if tap.side == "stream":
+                handles += _around(observation, tap, plain)
+                continue
             handles.append(
                 module.register_forward_pre_hook(_hook(observation, tap), with_kwargs=True)
             )
@@ -84,9 +92,36 @@ def observe(model: nn.Module, taps: Iterable[Tap]) -> Iterator[Observation]:
 
 def _hook(observation: Observation, tap: Tap) -> Any:
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observation.record(tap, args[0] if args else next(iter(kwargs.values())))
+        observation.record(tap, _first(args, kwargs))
 
     return record
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _around(observation: Observation, tap: Tap, model: nn.Module) -> list[RemovableHandle]:
+    """Hooks that see the residual stream in front of something and behind it."""
+    entered: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered[:] = [_first(args, kwargs).detach()] if observation.looking else []
+
+    def after(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        del args
+        if not entered:
+            return
+        (stream,), came = entered, out[0] if isinstance(out, tuple) else out
+        left = stream + came.detach().reshape(stream.shape) if tap.until else came.detach()
+        both = [part if part.dtype == torch.float64 else part.float() for part in (stream, left)]
+        observation.record(tap, torch.cat(both, dim=-1))
+        entered.clear()
+
+    return [
+        model.get_submodule(tap.module).register_forward_pre_hook(before, with_kwargs=True),
+        model.get_submodule(tap.until or tap.module).register_forward_hook(after),
+    ]
 
 
 def check(stats: StatMap, taps: Iterable[Tap]) -> None:
@@ -134,7 +169,11 @@ def zeros(model: nn.Module, taps: Iterable[Tap]) -> StatMap:
     """
     plain = unwrap(model)
     modules = {tap: plain.get_submodule(tap.module) for tap in taps}
+    anywhere = next(plain.parameters()).device
     return {
-        tap: tap.stat.zero(shape_of(m)[1], next(m.parameters()).device)
+        tap: tap.stat.zero(
+            0 if tap.side == "stream" else shape_of(m)[1],
+            next((p.device for p in m.parameters()), anywhere),
+        )
         for tap, m in modules.items()
     }

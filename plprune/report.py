@@ -7,7 +7,7 @@ and is named under "Not measured". `report_html` writes a report as a page, as M
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -19,6 +19,7 @@ from plprune.report_parts import Sample as Sample
 from plprune.report_parts import Score as Score
 from plprune.report_parts import SizePair as SizePair
 from plprune.report_parts import SpeedPair as SpeedPair
+from plprune.spec import SUBLAYERS
 
 FORMAT = "plprune.report/1"  # version of the JSON form
 GAIN = 1.05  # a lower speed ratio counts as no gain
@@ -27,6 +28,8 @@ KINDS = {
     "kv_group": "KV groups",
     "query_in_group": "query heads per KV group",
     "value_dim": "value channels",
+    "attention_sublayer": "blocks with attention",
+    "mlp_sublayer": "blocks with an MLP",
 }
 CHANNELS = ("mlp", "attn_read", "attn_write", "mlp_read", "mlp_write")  # multiples of 64 matter
 Value: TypeAlias = str | int | float | bool | list[Any] | dict[str, Any] | None
@@ -205,6 +208,24 @@ def _speed_sentences(report: Report) -> Iterator[str]:
         yield f"{opening} ({'; '.join(facts)})."
 
 
+def _depth_sentence(kind: str, rows: Sequence[tuple[int, int]]) -> Iterator[str]:
+    gone = [block for block, (kept, dense) in enumerate(rows) if kept < dense]
+    if gone:
+        half = "attention" if kind == SUBLAYERS[0] else "MLP"
+        yield f"{half} removed in {len(gone)} of {len(rows)} blocks: {spans(gone)}."
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Numbers in order, neighbours together: `0, 3 to 5`."""
+    runs: list[list[int]] = []
+    for one in numbers:
+        if runs and runs[-1][-1] == one - 1:
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
+
+
 def _width_sentences(report: Report) -> Iterator[str]:
     for kind in dict.fromkeys(kind for row in report.layers for kind in row.dense):
         rows = [
@@ -212,6 +233,9 @@ def _width_sentences(report: Report) -> Iterator[str]:
         ]
         odd = [kept for kept, dense in rows if kept != dense and kept % 64]
         widths, name = {kept for kept, _ in rows if kept}, KINDS.get(kind, kind)
+        if kind in SUBLAYERS:
+            yield from _depth_sentence(kind, rows)
+            continue
         if odd and kind in CHANNELS:
             which = f"{len(odd)} of {len(rows)} layers, such as {odd[0]:,}"
             yield f"{name}: widths not multiples of 64 ({which}) lose part of the gain on GPUs."

@@ -54,7 +54,7 @@ def curves(
         for number in range(len(source)):
             for axis in source.spec.axes.values():
                 if axis.block == number and axis.name in scores:
-                    dense = dense or _loss(stream, batches, number)
+                    dense = dense or loss_from(stream, batches, number)
                     found[axis.name] = _curve(
                         stream, batches, number, axis, scores[axis.name], shares, dense
                     )
@@ -103,7 +103,7 @@ def _curve(
         stays = torch.zeros(axis.size, dtype=torch.bool)
         stays[top_units(score_U, count, axis.group)] = True
         with _without(stream.source.model, axis, stays):
-            losses.append(_loss(stream, batches, number)[0])
+            losses.append(loss_from(stream, batches, number)[0])
     return LossCurve(
         n=dense[1],
         dense=dense[0],
@@ -130,21 +130,43 @@ def _without(model: nn.Module, axis: Axis, stays_U: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _loss(stream: Stream, batches: Sequence[Batch], start: int) -> tuple[Tensor, Tensor]:
-    """[] sum of the losses of all tokens of all ranks, run from a block on, and their number."""
+def loss_from(stream: Stream, batches: Sequence[Batch], start: int) -> tuple[Tensor, Tensor]:
+    """Run what is left of the model, and measure; collective on all ranks.
+
+    Args:
+        stream: in front of a block.
+        batches: of this rank.
+        start: number of that block.
+
+    Returns:
+        [] float64 sum of the losses of all tokens of all ranks, and their number.
+    """
     model = stream.source.model
     total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(batches):
         hidden = stream.hidden[number]
         for call, block in list(zip(stream.calls[number], blocks_of(model), strict=True))[start:]:
             hidden = call.run(block, hidden)
-        logits = finish(model, batch, hidden)[:, :-1]
-        ids = batch["input_ids"][:, 1:].to(logits.device)
-        losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), ids.flatten(), reduction="none"
-        )
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        counts = (mask[:, 1:] & mask[:, :-1]).flatten().bool().to(losses.device)
-        total += losses[counts].double().sum().cpu()
-        count += counts.sum().cpu()
+        loss, tokens = summed_loss(finish(model, batch, hidden), batch)
+        total, count = total + loss, count + tokens
     return dist.summed(total), dist.summed(count)
+
+
+def summed_loss(logits_BTV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss of one batch.
+
+    Args:
+        logits_BTV: [B, T, V] of the model.
+        batch: what went into it; what padding predicts, and what predicts padding, does not count.
+
+    Returns:
+        [] float64 sum of the losses of all tokens, and their number, on the CPU.
+    """
+    logits = logits_BTV[:, :-1]
+    ids = batch["input_ids"][:, 1:].to(logits.device)
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), ids.flatten(), reduction="none"
+    )
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    counts = (mask[:, 1:] & mask[:, :-1]).flatten().bool().to(losses.device)
+    return losses[counts].double().sum().cpu(), counts.sum().double().cpu()

@@ -83,8 +83,8 @@ class StructuredMethod(Method):
         """
 
     def axes(self, spec: Spec) -> tuple[Axis, ...]:
-        """Axes that are cut."""
-        return tuple(axis for axis in spec.axes.values() if axis.kind in self.kinds)
+        """Axes that are cut, of sublayers that are there."""
+        return tuple(a for a in spec.axes.values() if a.kind in self.kinds and a.size)
 
     def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]] | None:
         """Those the allocation knows without statistics.
@@ -122,6 +122,8 @@ class StructuredMethod(Method):
         edits = []
         for name, keep in sizes.items():
             axis = view.spec.axes[name]
+            if name not in scores:  # its sublayer is gone
+                continue
             kept = top_units(scores[name], keep, axis.group)
             if keep < axis.size:
                 edits.append(Keep(axis=name, kept=kept))
@@ -132,7 +134,7 @@ class StructuredMethod(Method):
             hyper=self.hyper(),
             asked=budget,
             got=_got(view.spec, sizes),
-            scores={name: scores[name].float() for name in sizes},
+            scores={name: scores[name].float() for name in sizes if name in scores},
             calibration=view.calibration,
         )
 
@@ -146,7 +148,7 @@ def _got(spec: Spec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     got: dict[str, list[int]] = {}
     for name, size in sizes.items():
         axis = spec.axes[name]
-        got.setdefault(axis.kind, []).append(size // axis.groups)
+        got.setdefault(axis.kind, []).append(size // max(1, axis.groups))
     return {kind: tuple(widths) for kind, widths in got.items()}
 
 

@@ -24,6 +24,7 @@ from plprune.budget import Budget
 from plprune.describe import describe
 from plprune.drivers import whole
 from plprune.methods.base import Method
+from plprune.methods.depth import Depth
 from plprune.plan import Keep, Plan
 from plprune.sparse import SparseMethod
 from plprune.spec import Entry, Spec
@@ -112,6 +113,12 @@ def masked(model: nn.Module, lowered: Mapping[Entry, Tensor]) -> Iterator[None]:
                     return (args[0] * keep.to(args[0].dtype), *args[1:])
 
                 stack.callback(plain.get_submodule(path).register_forward_pre_hook(hook).remove)
+            elif not keep.any():  # a removed sublayer adds no bias either
+
+                def after(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+                    return out * 0
+
+                stack.callback(plain.get_submodule(path).register_forward_hook(after).remove)
         yield
 
 
@@ -170,9 +177,13 @@ def assert_masked_equals_cut(
     applied = apply(small, plan, spec)
     logits, actual = masked_logits(small, {}, ids), gradients(small, ids)
     close(logits, expected_logits, "logits")
-    assert actual.keys() == expected.keys()
+    assert actual.keys() == expected.keys() - applied.gone.keys()
     now = dict(unwrap(small).named_parameters())
     for name, before in unwrap(model).named_parameters():
+        if name in applied.gone:
+            assert name not in now
+            assert name not in expected or not expected[name].any(), f"{name} has a gradient"
+            continue
         cuts = applied.table.get(name, ())
         grad = expected.get(name)
         is_magnitude = "lora_magnitude_vector" in name
@@ -264,7 +275,7 @@ def collect() -> list[type[Method]]:
 
 
 METHODS = collect()
-STRUCTURED = [kind for kind in METHODS if issubclass(kind, StructuredMethod)]
+STRUCTURED = [kind for kind in METHODS if issubclass(kind, (StructuredMethod, Depth))]
 """Methods that remove units."""
 SPARSE = [kind for kind in METHODS if issubclass(kind, SparseMethod)]
 """Methods that set single weights to zero."""

@@ -63,7 +63,8 @@ class Stream:
         if not (taps or forward):
             return {}
         model = self.source.model
-        whole = forward or not self.source.stoppable
+        streams = any(tap.side == "stream" for tap in taps)  # seen when the last module is done
+        whole = forward or streams or not self.source.stoppable
         last = contextlib.nullcontext(set[str]()) if whole else _until_all(model, taps)
         with torch.no_grad(), observe(model, taps) as seen, last as ended:
             for batch in range(len(self.hidden)):

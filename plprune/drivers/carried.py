@@ -34,8 +34,8 @@ def observe_whole(
     """
     source = stream.source
     for number in range(start, len(source)):
-        names = source.spec.of_block(number).linears
-        own = [tap for tap in taps if tap.module in names]
+        place = f"{source.spec.stack}.{number}"
+        own = [tap for tap in taps if f"{tap.module}.".startswith(f"{place}.")]
         with source.block(number) as block:
             last = number + 1 == len(source)
             yield number, stream.observe(number, block, own, forward=not last)

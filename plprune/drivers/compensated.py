@@ -11,6 +11,7 @@ import torch
 from plprune import dist
 from plprune.budget import Budget
 from plprune.compensate import Compensation
+from plprune.errors import ConfigError
 from plprune.methods.base import Method, View
 from plprune.plan import Plan, Write
 from plprune.spec import Spec
@@ -26,6 +27,20 @@ class Compensated(Method):
     """Selects."""
     compensation: Compensation
     """Writes."""
+
+    def __post_init__(self) -> None:
+        """Refuse methods after which no linear is left to be refitted.
+
+        Raises:
+            ConfigError: for methods that remove whole sublayers.
+        """
+        if not self.method.compensable:
+            raise ConfigError(
+                "there is nothing to compensate",
+                given=f"{self.label}: what reads a removed unit goes with it",
+                allowed="compensation for methods that cut widths",
+                fix="leave prune.compensation out",
+            )
 
     @property
     def skip_first_tokens(self) -> int:  # type: ignore[override]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from plprune import dist
-from plprune.budget import Budget
-from plprune.compensate import Compensation
 from plprune.drivers.batches import calibration_hash, empty_calibration
 from plprune.drivers.blocks import Stream, begin, budget_of, prune_block
 from plprune.drivers.carried import by_block, carry_out, observe_whole
+from plprune.drivers.job import Job, settings
 from plprune.drivers.looks import costs
 from plprune.drivers.noted import noted
+from plprune.drivers.removals import losses_of
 from plprune.load import load_hf
-from plprune.load_check import files_of
-from plprune.methods.base import Method, View
+from plprune.methods.base import View
 from plprune.observe import StatMap
 from plprune.plan import Plan
 from plprune.sparse import SparseMethod
@@ -30,43 +28,10 @@ from plprune.stats.base import Tap
 from plprune.stream import Stored
 from plprune.streaming.backward import slopes
 from plprune.streaming.blocks import FromFiles
-from plprune.streaming.calls import Batch
 from plprune.streaming.hidden import Hidden, InMemory, OnDisk
 from plprune.streaming.opened import facts_of, open_model, restore
 from plprune.streaming.work import Work
 from plprune.structured import StructuredMethod
-
-Progress = Callable[[int, int], None]
-Shown = Callable[[str], Progress]
-"""From a title to a function called with (blocks done, blocks in all)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to do to which model."""
-
-    folder: Path
-    """The dense model."""
-    target: Path
-    """Where the export will be; the work lies beside it."""
-    method: Method
-    """Decides."""
-    budget: Budget
-    """How much stays."""
-    compensation: Compensation | None = None
-    """New weights for what reads from units that go."""
-    batches: Sequence[Batch] = ()
-    """Calibration batches of this process."""
-    hidden_on_disk: bool = False
-    """Keep hidden states in memory-mapped files instead of in memory."""
-    dtype: torch.dtype = torch.float32
-    """Number format of the weights while they compute."""
-    device: str = "cpu"
-    """Where they compute."""
-    trust_remote_code: bool = False
-    """Allow Python code of the folder to run."""
-    shown: Shown = field(default=lambda title: lambda done, total: None)
-    """Shows progress."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -218,8 +183,10 @@ class _Run:
             weight=source.weight,
             bias=source.bias,
             calibration=self.calibration,
+            losses=self._losses,
         )
         plan = dist.agree(method.plan(view, self.job.budget))
+        vars(self).pop("_held", None)
         with dist.together():
             if dist.rank() == 0:
                 self.work.keep_plan(plan)
@@ -241,11 +208,22 @@ class _Run:
         assert isinstance(method, StructuredMethod), "allocations belong to structured methods"
         view = View(spec=spec, stats=found, weight=self.source.weight, bias=self.source.bias)
         scores = method.scores(view)
-        remote = job.trust_remote_code
-        model: Any = load_hf(job.folder, dtype=job.dtype, trust_remote_code=remote)
-        model.to(job.device)
+        model = self._held
         shown = job.shown("losses of single cuts")
         return costs(model, spec, taps, scores, job.batches, shown)
+
+    def _losses(self, gone: Sequence[str], candidates: Sequence[Sequence[str]]) -> list[float]:
+        """Of models without some sublayers; the whole model is in memory."""
+        shown = self.job.shown(f"losses without {len(gone)} sublayers and one unit more")
+        shown(0, len(candidates))
+        return losses_of(self._held, self.dense, self.job.batches)(gone, candidates)
+
+    @functools.cached_property
+    def _held(self) -> nn.Module:
+        """The dense model in memory, from when it is first needed to the end of planning."""
+        job, remote = self.job, self.job.trust_remote_code
+        model: Any = load_hf(job.folder, dtype=job.dtype, trust_remote_code=remote)
+        return cast(nn.Module, model.to(job.device))
 
     def _back(self, taps: Sequence[Tap]) -> StatMap:
         """Gradients; a run that is killed meanwhile begins them again."""
@@ -274,27 +252,3 @@ class _Run:
                 found.update(stats)
                 shown(number + 1, len(self.source))
         return found
-
-
-def settings(job: Job, dense: Spec, calibration: str) -> dict[str, Any]:
-    """Everything the result depends on, as plain values.
-
-    Args:
-        job: what to do.
-        dense: spec of the model.
-        calibration: hash of the calibration sequences.
-    """
-    compensation = job.compensation
-    return {
-        "model": str(job.folder),
-        "files": {f.name: [f.stat().st_size, f.stat().st_mtime] for f in files_of(job.folder)},
-        "fingerprint": dense.fingerprint,
-        "method": job.method.label,
-        "hyper": job.method.hyper(),
-        "budget": job.budget.to_dict(),
-        "compensation": None
-        if compensation is None
-        else {"class": type(compensation).__name__, **compensation.hyper()},
-        "calibration": calibration,
-        "dtype": str(job.dtype),
-    }

@@ -14,6 +14,7 @@ from plprune.budget import Budget
 from plprune.count import count_params, price
 from plprune.describe import describe
 from plprune.drivers.batches import Batch
+from plprune.drivers.removals import losses_of
 from plprune.drivers.whole import Progress, calibrate, decide
 from plprune.errors import CheckpointError, PlanError, StructureError
 from plprune.export_weights import is_tied
@@ -77,15 +78,23 @@ class Progressive:
         """Statistics of the model as it computes now; see `drivers.whole.calibrate`."""
         return calibrate(self.model, self.spec, method, batches, progress, idle)
 
-    def decide(self, method: Method, budget: Budget, seen: tuple[StatMap, str]) -> Plan:
+    def decide(
+        self,
+        method: Method,
+        budget: Budget,
+        seen: tuple[StatMap, str],
+        share: tuple[Sequence[Batch], Sequence[Batch]] | None = None,
+    ) -> Plan:
         """Plan in the coordinates of the model as it is now; see `drivers.whole.decide`.
 
         Args:
             method: decides.
             budget: of the dense model, whatever earlier cuts have left.
             seen: from `calibrate`.
+            share: batches to measure losses on, and those that are only run; None: there are none.
         """
-        return decide(self.model, self.spec, method, self.left(budget), seen)
+        losses = None if share is None else losses_of(self.model, self.spec, *share)
+        return decide(self.model, self.spec, method, self.left(budget), seen, losses)
 
     def left(self, budget: Budget) -> Budget:
         """A budget of the dense model as one of the model as it is now.
@@ -155,14 +164,15 @@ class Progressive:
             The plain record, also appended to `history`.
         """
         self.done += 1
+        depth = bool(self.spec.removed())
         entry = {
             "cut": self.done,
             "step": step,
             "plan": plan.hash,
             "method": plan.method,
             "calibration": plan.calibration,
-            "widths_before": before.widths(),
-            "widths_after": self.spec.widths(),
+            "widths_before": before.widths(depth=depth),
+            "widths_after": self.spec.widths(depth=depth),
             "params_before": count_params(before).to_dict(),
             "params_after": count_params(self.spec).to_dict(),
             "scores": score_summary(plan, before),
@@ -280,7 +290,8 @@ def score_summary(plan: Plan, spec: Spec) -> list[dict[str, Any]]:
     rows = []
     for name, score_U in plan.scores.items():
         axis = spec.axes[name]
-        lowest = score_U[kept[name]].min() if name in kept else score_U.min()
+        left_K = score_U[kept[name]] if name in kept else score_U
+        lowest = left_K.min() if len(left_K) else score_U.max()
         rows.append(
             {
                 "axis": name,

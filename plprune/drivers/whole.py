@@ -13,7 +13,7 @@ from plprune.budget import Budget
 from plprune.drivers.batches import INPUTS, Batch, calibration_hash, empty_calibration, token_mask
 from plprune.drivers.compensated import parts
 from plprune.drivers.looks import costs, gradients
-from plprune.methods.base import Method, View
+from plprune.methods.base import Losses, Method, View
 from plprune.observe import Observation, StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Plan
 from plprune.spec import Spec
@@ -103,7 +103,12 @@ def _pass(plain: nn.Module, batch: Batch, seen: Observation, skip_first: int) ->
 
 
 def decide(
-    model: nn.Module, spec: Spec, method: Method, budget: Budget, seen: tuple[StatMap, str]
+    model: nn.Module,
+    spec: Spec,
+    method: Method,
+    budget: Budget,
+    seen: tuple[StatMap, str],
+    losses: Losses | None = None,
 ) -> Plan:
     """Ask the method for a plan and make sure all ranks agree.
 
@@ -113,20 +118,24 @@ def decide(
         method: decides.
         budget: how much to keep.
         seen: from `calibrate`.
+        losses: for methods that measure models, from `removals.losses_of`; collective.
 
     Returns:
         The plan.
     """
-    return dist.agree(method.plan(view_of(model, spec, seen), budget))
+    return dist.agree(method.plan(view_of(model, spec, seen, losses), budget))
 
 
-def view_of(model: nn.Module, spec: Spec, seen: tuple[StatMap, str]) -> View:
+def view_of(
+    model: nn.Module, spec: Spec, seen: tuple[StatMap, str], losses: Losses | None = None
+) -> View:
     """What a method may look at.
 
     Args:
         model: plain or wrapped model.
         spec: its spec.
         seen: statistics, and the hash of the calibration sequences.
+        losses: see `View`.
     """
     plain = unwrap(model)
     return View(
@@ -135,6 +144,7 @@ def view_of(model: nn.Module, spec: Spec, seen: tuple[StatMap, str]) -> View:
         weight=lambda name: weight_of(plain.get_submodule(name)),
         bias=lambda name: bias_of(plain.get_submodule(name)),
         calibration=seen[1],
+        losses=losses,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from plprune.errors import FamilyError
-from plprune.families.base import Family, Projection
+from plprune.families.base import Family, Projection, Sublayer
 from plprune.families.gemma3 import GEMMA3
 from plprune.families.gpt_neox import GPT_NEOX
 from plprune.families.llama import LLAMA
@@ -15,7 +15,7 @@ from plprune.families.phi3 import PHI3
 from plprune.families.qwen2 import QWEN2
 from plprune.families.qwen3 import QWEN3
 
-__all__ = ["FAMILIES", "Family", "Projection", "of"]
+__all__ = ["FAMILIES", "Family", "Projection", "Sublayer", "of"]
 
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, PHI3, OPT, GPT_NEOX)
 

@@ -23,6 +23,23 @@ class Projection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sublayer:
+    """Attention or MLP of a block, with its norms: what can leave the residual stream alone."""
+
+    before: str
+    """Norm whose input is the residual stream."""
+    modules: tuple[str, ...]
+    """Modules that go with it, in a block."""
+    after: str = ""
+    """Norm of what is added to the residual stream; empty: none."""
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Norms that go with it."""
+        return (self.before, self.after) if self.after else (self.before,)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A decoder architecture as data: every path is relative to its owner.
 
@@ -63,6 +80,11 @@ class Family:
     head_rule: HeadRule = "any"
     """Which head counts the stock class can load: any, only divisors of the hidden size, or none
     but its own."""
+    sublayers: Mapping[str, Sublayer] = field(default_factory=lambda: MappingProxyType({}))
+    """`attention` and `mlp`; empty for blocks of which neither can be removed."""
+    pre_norm: str = ""
+    """Config attribute that is true when norms stand before the sublayers; empty: they do. A norm
+    on the residual stream itself cannot go with a sublayer."""
     export_as: tuple[str, str] | None = None
     """(model_type, class name) of a stock class with the same arithmetic that accepts any head
     count."""
@@ -85,6 +107,14 @@ LLAMA_ROLES: Mapping[str, Projection] = MappingProxyType(
     }
 )
 """Paths that Llama, Mistral, Qwen2, Qwen3 and Gemma-3 share."""
+
+LLAMA_SUBLAYERS: Mapping[str, Sublayer] = MappingProxyType(
+    {
+        "attention": Sublayer(before="input_layernorm", modules=("self_attn",)),
+        "mlp": Sublayer(before="post_attention_layernorm", modules=("mlp",)),
+    }
+)
+"""Of Llama, Mistral, Qwen2, Qwen3 and Phi-3."""
 
 LLAMA_COUNTERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {

@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from plprune.families.base import Family, Projection
+from plprune.families.base import Family, Projection, Sublayer
 
 _QKV = ("q", "k", "v")
 
@@ -29,6 +29,12 @@ GPT_NEOX = Family(
             "heads": "num_attention_heads",
             "kv_heads": "num_attention_heads",
             "ffn": "intermediate_size",
+        }
+    ),
+    sublayers=MappingProxyType(
+        {
+            "attention": Sublayer(before="input_layernorm", modules=("attention",)),
+            "mlp": Sublayer(before="post_attention_layernorm", modules=("mlp",)),
         }
     ),
     # The stock class derives the head width from hidden_size / num_attention_heads.

@@ -1,6 +1,6 @@
 """Mistral: Llama's blocks with an optional sliding window."""
 
-from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, Family
+from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, LLAMA_SUBLAYERS, Family
 
 MISTRAL = Family(
     name="mistral",
@@ -10,4 +10,5 @@ MISTRAL = Family(
     roles=LLAMA_ROLES,
     embed="model.embed_tokens",
     counters=LLAMA_COUNTERS,
+    sublayers=LLAMA_SUBLAYERS,
 )

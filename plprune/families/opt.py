@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from plprune.families.base import Family, Projection
+from plprune.families.base import Family, Projection, Sublayer
 
 OPT = Family(
     name="opt",
@@ -24,6 +24,13 @@ OPT = Family(
         {"heads": "num_attention_heads", "kv_heads": "num_attention_heads", "ffn": "ffn_dim"}
     ),
     counters=MappingProxyType({"self_attn": MappingProxyType({"num_heads": "heads"})}),
+    sublayers=MappingProxyType(
+        {
+            "attention": Sublayer(before="self_attn_layer_norm", modules=("self_attn",)),
+            "mlp": Sublayer(before="final_layer_norm", modules=("fc1", "fc2")),
+        }
+    ),
+    pre_norm="do_layer_norm_before",
     # The stock class derives the head width from hidden_size / num_attention_heads.
     head_rule="fixed",
 )

@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from plprune.families.base import Family, Projection
+from plprune.families.base import LLAMA_SUBLAYERS, Family, Projection
 
 _QKV = ("q", "k", "v")
 _GATE_UP = ("gate", "up")
@@ -28,6 +28,7 @@ PHI3 = Family(
             )
         }
     ),
+    sublayers=LLAMA_SUBLAYERS,
     # The split of qkv reads config.num_attention_heads in every forward.
     config_readers=("self_attn",),
 )

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: Llama's blocks with biases on q, k and v."""
 
-from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, Family
+from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, LLAMA_SUBLAYERS, Family
 
 QWEN2 = Family(
     name="qwen2",
@@ -10,5 +10,6 @@ QWEN2 = Family(
     roles=LLAMA_ROLES,
     embed="model.embed_tokens",
     counters=LLAMA_COUNTERS,
+    sublayers=LLAMA_SUBLAYERS,
     # Qwen2Config has no head_dim field, but carries the attribute when it is given.
 )

@@ -1,6 +1,6 @@
 """Qwen3: Llama's blocks with a norm over each head of q and k, of width head_dim, never cut."""
 
-from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, Family
+from plprune.families.base import LLAMA_COUNTERS, LLAMA_ROLES, LLAMA_SUBLAYERS, Family
 
 QWEN3 = Family(
     name="qwen3",
@@ -10,4 +10,5 @@ QWEN3 = Family(
     roles=LLAMA_ROLES,
     embed="model.embed_tokens",
     counters=LLAMA_COUNTERS,
+    sublayers=LLAMA_SUBLAYERS,
 )

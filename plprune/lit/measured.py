@@ -13,7 +13,7 @@ from plprune.drivers.progressive import Progressive
 from plprune.lit.protocol import run_seed
 from plprune.plots import Curve, LayerWidths, ScoreSummary
 from plprune.report_parts import CutRecord, SizePair, SpeedPair
-from plprune.spec import Spec
+from plprune.spec import SUBLAYERS, Spec
 from plprune.timing import SpeedResult
 
 
@@ -47,7 +47,8 @@ def sizes(dense: Tally, now: Tally) -> dict[str, SizePair]:
 def layers(progressive: Progressive) -> tuple[LayerWidths, ...]:
     """Widths of every layer, dense and kept."""
     dense, kept = progressive.dense, progressive.spec
-    kinds = [kind for kind in dense.kinds() if kind != "query_in_group"]
+    depth = SUBLAYERS if kept.removed() else ()
+    kinds = [kind for kind in (*dense.kinds(), *depth) if kind != "query_in_group"]
     return tuple(
         LayerWidths(
             layer=number,

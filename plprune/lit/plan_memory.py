@@ -59,8 +59,8 @@ def widths_of(spec: Spec, cut: Cut | None) -> dict[str, list[int]] | None:
     dense = {kind: units_per_group(spec, kind) for kind in spec.kinds()}
     if cut is None:
         return dense
-    if not cut.budget.widths:
-        return None
+    if not cut.budget.widths or not dense.keys() >= cut.budget.widths.keys():
+        return None  # numbers of blocks say nothing of which
     stated = {
         kind: list(w) if isinstance(w, list) else [w] * len(spec.blocks)
         for kind, w in cut.budget.widths.items()

@@ -14,7 +14,8 @@ from plprune import dist
 from plprune.callbacks.export import require_writable
 from plprune.callbacks.prune import Prune
 from plprune.drivers.compensated import parts
-from plprune.drivers.one_shot import Done, Job, prune
+from plprune.drivers.job import Job
+from plprune.drivers.one_shot import Done, prune
 from plprune.errors import ConfigError
 from plprune.lit.launched import process_group
 from plprune.lit.parts_cli import PartsCLI
@@ -175,8 +176,9 @@ def _counts(done: Done) -> dict[str, Any]:
 def _show(done: Done, target: Path) -> None:
     counts = _counts(done)
     table = [("axis", "dense", "kept")]
-    kept = done.source.spec.widths()
-    for kind, widths in done.dense.widths().items():
+    depth = bool(done.source.spec.removed())
+    kept = done.source.spec.widths(depth=depth)
+    for kind, widths in done.dense.widths(depth=depth).items():
         table.append((kind, span(widths), span(kept[kind])))
     show("Widths", table)
     lines(

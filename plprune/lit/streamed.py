@@ -104,7 +104,8 @@ def _at_saved_size(
         return dict(found)
     dense, applied, table = rebuild_with_cuts(model, state["committed"])
     remember_dense(model, dense, applied.spec)
-    return {name: stored.cut(table.get(name, ())) for name, stored in found.items()}
+    left = {name: stored for name, stored in found.items() if name not in applied.gone}
+    return {name: stored.cut(table.get(name, ())) for name, stored in left.items()}
 
 
 def _zero_parts(strategy: ZeRO, model: nn.Module, found: Mapping[str, Stored]) -> None:

@@ -92,7 +92,12 @@ class Watch:
         if self._seen is None:
             return self._restored or []
         return [
-            {"module": tap.module, "stat": tap.stat.__name__, "sums": dict(vars(stat))}
+            {
+                "module": tap.module,
+                "until": tap.until,
+                "stat": tap.stat.__name__,
+                "sums": dict(vars(stat)),
+            }
             for tap, stat in reduce(self._seen.stats).items()
         ]
 
@@ -120,9 +125,9 @@ def require_observable(batch: Any) -> None:
 
 
 def _unpacked(state: list[dict[str, Any]], taps: Sequence[Tap], device: torch.device) -> StatMap:
-    known = {(tap.module, tap.stat.__name__): tap for tap in taps}
+    known = {(tap.module, tap.until, tap.stat.__name__): tap for tap in taps}
     stats: StatMap = {}
     for entry in state:
-        tap = known[entry["module"], entry["stat"]]
+        tap = known[entry["module"], entry.get("until", ""), entry["stat"]]
         stats[tap] = tap.stat(**{name: value.to(device) for name, value in entry["sums"].items()})
     return stats

@@ -7,8 +7,9 @@ Legend: R rows, C columns.
 # names of this one.
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
@@ -20,6 +21,10 @@ from plprune.spec import Spec
 from plprune.stats.base import Stat, Tap
 
 S = TypeVar("S", bound=Stat)
+
+Losses = Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]
+"""Of (axes of sublayers that are gone, candidates of axes of one block each): the mean loss of a
+token without the former and each of the latter in turn; equal on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +41,9 @@ class View:
     """Module path -> [R] bias, of linears that have one; read-only."""
     calibration: str = ""
     """sha256 of the calibration tokens."""
+    losses: Losses | None = None
+    """Measures models without some sublayers on the calibration tokens; collective on all ranks.
+    None: there is nothing to measure on."""
 
     def seen(self, name: str, stat: type[S]) -> S:
         """Statistic of what a linear reads.
@@ -102,6 +110,21 @@ class Method(ABC):
         del spec, budget
         return None
 
+    def towards(self, spec: Spec, budget: Budget, progress: Fraction) -> Budget:
+        """The budget of a cut on the way, where widths depend on statistics.
+
+        Args:
+            spec: the dense model.
+            budget: of the last cut.
+            progress: share of the way, 1 at the last cut.
+
+        Returns:
+            What is left after the cut.
+        """
+        del spec
+        assert budget.keep is not None, "a method without fixed widths needs budget.keep"
+        return replace(budget, keep=1 - float(progress) * (1 - budget.keep))
+
     def stages(self, spec: Spec) -> tuple[tuple[str, ...], ...]:
         """Linears of a block that are planned together; later ones see what earlier ones did.
 
@@ -116,6 +139,11 @@ class Method(ABC):
     def own_budget(self) -> Budget | None:
         """The budget that follows from the hyper-parameters; None if one must be given."""
         return None
+
+    @property
+    def compensable(self) -> bool:
+        """Whether what reads removed units stays, and can be given other weights."""
+        return True
 
     @property
     def needs_data(self) -> bool:

@@ -65,8 +65,12 @@ class Tap:
     """Module path in the Hugging Face model."""
     stat: type[Stat]
     """Which sums."""
-    side: Literal["input"] = "input"
-    """The module's first input."""
+    side: Literal["input", "stream"] = "input"
+    """`input`: the module's first input. `stream`: the residual stream in front of something and
+    behind it, one beside the other in the last dimension."""
+    until: str = ""
+    """For `stream`: the module whose output is added to the input of `module`; empty: the output of
+    `module` is the stream again."""
 
 
 def fold(stat: Stat, x: Tensor, token_mask: Tensor | None = None) -> Stat:

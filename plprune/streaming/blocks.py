@@ -167,6 +167,17 @@ class FromFiles(Blocks):
                     tensor.copy_(kept[name])
         self.places.update(self._keep(number, kept))
 
+    def change(self, plan: Plan) -> None:
+        """As ever, and forget where tensors are that are gone."""
+        super().change(plan)
+        self.forget_removed()
+
+    def forget_removed(self) -> None:
+        """Forget where tensors are that the model has no more."""
+        if self.spec.removed():
+            there = self.model.state_dict(keep_vars=True)
+            self.places = {name: place for name, place in self.places.items() if name in there}
+
     def gain_biases(self, linears: Sequence[str]) -> None:
         """Give linears that have none a bias, without values yet.
 

@@ -90,6 +90,7 @@ def restore(source: FromFiles, work: Work) -> int:
         edits: tuple[Keep, ...] = keep_edits(spec, facts["kept"])
         plan = Plan(edits=edits, fingerprint=spec.fingerprint, method="finished")
         source.spec = apply(source.model, plan, spec).spec
+        source.forget_removed()
         source.gain_biases(facts["biases"])
         source.places.update(work.places(number))
     return finished

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -188,7 +188,9 @@ class Work:
         from safetensors.torch import save_file
 
         tensors = {
-            "|".join((tap.module, tap.stat.__module__, tap.stat.__name__, field)): value
+            "|".join(
+                (tap.module, tap.stat.__module__, tap.stat.__name__, field, tap.side, tap.until)
+            ): value
             for tap, stat in stats.items()
             for field, value in vars(stat).items()
         }
@@ -210,9 +212,11 @@ class Work:
             return None
         fields: dict[Tap, dict[str, Tensor]] = {}
         for name, value in load_file(str(path)).items():
-            module, home, kind, one = name.split("|")
+            module, home, kind, one, *where = name.split("|")
             stat = getattr(importlib.import_module(home), kind)
-            fields.setdefault(Tap(module=module, stat=stat), {})[one] = value
+            side, until = where or ("input", "")  # files of earlier versions say no more
+            tap = Tap(module=module, stat=stat, side=cast(Any, side), until=until)
+            fields.setdefault(tap, {})[one] = value
         return {tap: tap.stat(**values) for tap, values in fields.items()}
 
     def keep_note(self, number: int, note: float) -> None:

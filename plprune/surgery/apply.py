@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,9 @@ from plprune.families.base import Family
 from plprune.plan import Keep, Plan, Write
 from plprune.sharded import parameter_like, write
 from plprune.spec import Entry, Lowered, Spec
-from plprune.surgery.linear_like import base_of, is_conv1d, is_lora, refresh_sizes
+from plprune.surgery.linear_like import base_of, is_conv1d, is_lora, is_removed, refresh_sizes
 from plprune.surgery.lower import lower
+from plprune.surgery.removal import leaving, remove, renumber
 from plprune.surgery.state import CutTable, Swap, cut, cut_table
 from plprune.surgery.written import new_values, require_writable
 from plprune.unwrap import family_of, unwrap
@@ -31,6 +33,8 @@ class Applied:
     """Parameters that were replaced."""
     table: CutTable
     """Cuts by parameter name."""
+    gone: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    """Parameters of sublayers that were removed, by name."""
 
 
 def apply(model: nn.Module, plan: Plan, spec: Spec) -> Applied:
@@ -77,13 +81,18 @@ def commit(model: nn.Module, spec: Spec, lowered: Lowered) -> Applied:
     after = spec.cut(keep, physical=True)
     table = cut_table(plain, keep)
     _check_shared(plain, table)
-    norms = _dora_norms(plain, keep)
+    family, there = family_of(plain), after.linears
+    removed = leaving(spec, after)
+    gone = remove(plain, family, removed)
+    norms = _dora_norms(plain, {entry: mask for entry, mask in keep.items() if entry[0] in there})
     swaps = _swap(plain, table)
-    for path in {path for path, _ in keep}:
+    for path in {path for path, _ in keep if path in there}:
         refresh_sizes(plain.get_submodule(path))
     _rescale_dora(plain, norms)
-    _refresh_counters(plain, family_of(plain), after)
-    return Applied(spec=after, swaps=tuple(swaps), table=table)
+    _refresh_counters(plain, family, after)
+    if removed:
+        renumber(plain, family)
+    return Applied(spec=after, swaps=tuple(swaps), table=table, gone=gone)
 
 
 def _swap(model: nn.Module, table: CutTable) -> list[Swap]:
@@ -234,26 +243,30 @@ def _row_norms(module: Any, adapter: str) -> Tensor:
 
 def _refresh_counters(model: nn.Module, family: Family, spec: Spec) -> None:
     """Refresh head counts and widths kept beside the weights, in modules and in the config."""
-    uniform = len(set(spec.blocks)) == 1
     blocks = cast(nn.ModuleList, model.get_submodule(family.blocks))
     config: Any = model.config
     for block, numbers in zip(blocks, spec.blocks, strict=True):
-        values = {**vars(numbers), "rep": numbers.heads // numbers.kv_heads}
+        values = {**vars(numbers), "rep": numbers.heads // max(1, numbers.kv_heads)}
         for path, attributes in family.counters.items():
-            for attribute, quantity in attributes.items():
-                setattr(block.get_submodule(path), attribute, values[quantity])
+            if not is_removed(block.get_submodule(path)):
+                for attribute, quantity in attributes.items():
+                    setattr(block.get_submodule(path), attribute, values[quantity])
         for path in family.config_readers:
             reader: Any = block.get_submodule(path)
+            if is_removed(reader):
+                continue
             # Its forward reads head counts from the config: one private copy per block, or widths
             # could not differ.
             reader.config = copy.copy(reader.config)
             for quantity, attribute in family.dims.items():
                 set_config(reader.config, attribute, values[quantity])
-    first = spec.blocks[0]
-    if uniform:
-        set_config(config, "head_dim", first.head_dim)
-        for quantity, attribute in family.dims.items():
-            set_config(config, attribute, vars(first)[quantity])
+    widths = {"head_dim": "head_dim", **family.dims}
+    found = {quantity: {vars(block)[quantity] for block in spec.blocks} for quantity in widths}
+    found = {quantity: values - {0} for quantity, values in found.items()}  # 0: it was removed
+    if all(len(values) < 2 for values in found.values()):
+        for quantity, attribute in widths.items():
+            for value in found[quantity]:
+                set_config(config, attribute, value)
 
 
 def set_config(config: Any, attribute: str, value: int) -> None:

@@ -43,6 +43,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_removed(module: nn.Module) -> bool:
+    """True for what stands where a module of a removed sublayer was."""
+    return bool(getattr(module, "plprune_removed", False))
+
+
 def is_norm(module: nn.Module) -> bool:
     """True for LayerNorm and any RMSNorm: one weight vector (and bias) over the residual width."""
     weight = getattr(module, "weight", None)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plprune.errors import PlanError
 from plprune.plan import Keep, Plan
-from plprune.spec import Entry, Lowered, Spec
+from plprune.spec import Axis, Entry, Lowered, Spec
 
 
 def lower(plan: Plan, spec: Spec) -> Lowered:
@@ -42,16 +42,12 @@ def lower(plan: Plan, spec: Spec) -> Lowered:
                 "unknown axis", given=edit.axis, allowed=", ".join(list(spec.axes)[:6]) + ", ..."
             )
         kept = edit.kept
-        if (
-            len(kept) == 0
-            or kept.min() < 0
-            or kept.max() >= axis.size
-            or not bool((kept.diff() > 0).all())
-        ):
+        if not _valid(kept, axis):
             raise PlanError(
                 f"kept units of {edit.axis} are not valid",
                 given=f"{len(kept)} units",
-                allowed=f"1..{axis.size} different units in ascending order",
+                allowed=f"{0 if axis.removable else 1}..{axis.size} different units in ascending "
+                "order",
             )
         dropped_U = torch.ones(axis.size, dtype=torch.bool)
         dropped_U[kept] = False
@@ -60,6 +56,13 @@ def lower(plan: Plan, spec: Spec) -> Lowered:
             keep.setdefault(entry, _all_alive(spec, entry))[piece.index[dropped_U]] = False
     spec.cut(keep, physical=False)  # refuses uneven groups before anything is changed
     return keep
+
+
+def _valid(kept: Tensor, axis: Axis) -> bool:
+    if len(kept) == 0:
+        return axis.removable and axis.size > 0
+    inside = bool(kept.min() >= 0) and bool(kept.max() < axis.size)
+    return inside and bool((kept.diff() > 0).all())
 
 
 def _all_alive(spec: Spec, entry: Entry) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from plprune.describe import describe
 from plprune.errors import StructureError
 from plprune.plan import Keep, Plan
-from plprune.spec import Spec
+from plprune.spec import Axis, Spec
 from plprune.surgery.apply import Applied, commit, kept_entries
 from plprune.surgery.lower import lower
 from plprune.surgery.state import Cuts, cut_table
@@ -78,7 +78,7 @@ def plan_for(structure: Mapping[str, Any], spec: Spec) -> Plan:
     edits = []
     for name, units in kept.items():
         axis = spec.axes.get(name)
-        if axis is None or not _valid(units, axis.size):
+        if axis is None or not _valid(units, axis):
             raise StructureError(
                 f"damaged structure at axis {name}",
                 given=f"{len(units)} kept units" if isinstance(units, list) else repr(units),
@@ -110,6 +110,8 @@ def keep_edits(spec: Spec, kept: Mapping[str, Sequence[int]]) -> tuple[Keep, ...
     edits = []
     for name, units in kept.items():
         origin = spec.axes[name].origin
+        if not units and not spec.axes[name].removable:
+            continue  # its sublayer is gone, which is said of that
         stays = torch.isin(origin, torch.tensor(list(units), dtype=torch.int64))
         if not bool(stays.all()):
             edits.append(Keep(axis=name, kept=torch.nonzero(stays)[:, 0]))
@@ -153,10 +155,12 @@ def rebuild_with_cuts(
     return spec, commit(model, spec, lowered), table
 
 
-def _valid(units: object, size: int) -> bool:
-    if not isinstance(units, list) or not units or not all(type(unit) is int for unit in units):
+def _valid(units: object, axis: Axis) -> bool:
+    if not isinstance(units, list) or not all(type(unit) is int for unit in units):
         return False
-    return units[0] >= 0 and units[-1] < size and sorted(set(units)) == units
+    if not units:
+        return axis.removable and axis.size > 0
+    return units[0] >= 0 and units[-1] < axis.size and sorted(set(units)) == units
 
 
 def _sizes(blocks: object) -> str:

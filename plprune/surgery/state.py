@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plprune.errors import PlanError
 from plprune.sharded import shard_like, whole
-from plprune.spec import Lowered
+from plprune.spec import Lowered, removed_linears
 from plprune.surgery.linear_like import dims
 
 Cuts = tuple[tuple[int, Tensor], ...]
@@ -42,11 +42,13 @@ def cut_table(model: nn.Module, lowered: Lowered) -> dict[str, Cuts]:
         lowered: kept entries by (module, side).
 
     Returns:
-        Cuts by parameter name; parameters that lose nothing are left out.
+        Cuts by parameter name; parameters that lose nothing are left out, and so are those of
+        linears that go altogether.
     """
     table: dict[str, dict[int, Tensor]] = {}
+    gone = removed_linears(lowered)
     for (path, side), keep in lowered.items():
-        if bool(keep.all()):
+        if path in gone or bool(keep.all()):
             continue
         index = torch.nonzero(keep)[:, 0]
         module = model.get_submodule(path)
@@ -141,20 +143,28 @@ def check_kind(optimizer: torch.optim.Optimizer, *, reset: bool) -> None:
 
 
 def slice_optimizer(
-    optimizer: torch.optim.Optimizer, swaps: Iterable[Swap], *, reset: bool = False
+    optimizer: torch.optim.Optimizer,
+    swaps: Iterable[Swap],
+    *,
+    gone: Iterable[nn.Parameter] = (),
+    reset: bool = False,
 ) -> None:
     """Put the new parameters in the place of the old ones and cut their moments.
 
     Args:
         optimizer: the live optimizer; groups, learning rates and schedulers keep referring to it.
         swaps: replaced parameters.
+        gone: removed parameters; a group that loses all of its own stays, empty.
         reset: drop all state instead (also of parameters that were not cut), as TransAct's release
             does.
     """
     _refuse_lbfgs(optimizer)
-    by_old = {swap.old: swap for swap in swaps}
+    by_old, without = {swap.old: swap for swap in swaps}, set(gone)
     for group in optimizer.param_groups:
-        group["params"] = [by_old[p].new if p in by_old else p for p in group["params"]]
+        left = [p for p in group["params"] if p not in without]
+        group["params"] = [by_old[p].new if p in by_old else p for p in left]
+    for parameter in without:
+        optimizer.state.pop(parameter, None)
     if reset:
         optimizer.state.clear()
         return

@@ -13,7 +13,8 @@ import tiny
 from plprune.allocation import GlobalThreshold, MeasuredLoss
 from plprune.budget import Budget
 from plprune.compensate import LeastSquares, MeanBias
-from plprune.drivers.one_shot import Job, prune
+from plprune.drivers.job import Job
+from plprune.drivers.one_shot import prune
 from plprune.methods.flap import FLAP
 from plprune.methods.sparsegpt import SparseGPT
 from plprune.methods.taylor import Taylor

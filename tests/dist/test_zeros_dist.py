@@ -15,7 +15,8 @@ from plprune.budget import Budget
 from plprune.callbacks import KeepMasks, LoRARecovery, Prune, Statistics
 from plprune import dist
 from plprune.drivers.in_memory import prune_model
-from plprune.drivers.one_shot import Job, prune
+from plprune.drivers.job import Job
+from plprune.drivers.one_shot import prune
 from plprune.lit.kept_zeros import KeptZeros, count_zeros
 from plprune.methods.base import Method
 from plprune.methods.sparsegpt import SparseGPT

@@ -15,12 +15,14 @@ from plprune.allocation import GlobalThreshold
 from plprune.budget import Budget
 from plprune.compensate import LeastSquares, MeanBias
 from plprune.describe import describe
-from plprune.drivers import one_shot
 from plprune.drivers.in_memory import prune_model
-from plprune.drivers.one_shot import Done, Job, prune
+from plprune.drivers.job import Job, settings
+from plprune.drivers.one_shot import Done, prune
 from plprune.errors import DataError, ExportError, ModelError, PlanError, PlpruneError
 from plprune.export import save_hf
+from plprune.export_depth import Closed
 from plprune.load import load_hf
+from plprune.methods.depth import Depth
 from plprune.methods.flap import FLAP
 from plprune.methods.magnitude import Magnitude
 from plprune.methods.random import Random
@@ -29,9 +31,11 @@ from plprune.methods.transact import TransAct
 from plprune.methods.wanda import Wanda
 from plprune.streaming.work import Work
 from plprune.surgery.rebuild import structure_of
+from plprune.unwrap import family_of
 
 HALF = Budget(keep=0.5, base="prunable")
 NARROW = Budget(keep=0.7, base="prunable", multiple_of={"mlp": 4})
+SHALLOW = Budget(keep=0.55, base="blocks")
 JOBS: dict[str, dict[str, Any]] = {
     "wanda": {"method": Wanda(), "budget": HALF},
     "sparsegpt": {"method": SparseGPT(true_sequential=True), "budget": HALF},
@@ -39,6 +43,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "flap": {"method": FLAP(), "budget": NARROW, "compensation": MeanBias()},
     "transact": {"method": TransAct(), "budget": NARROW, "compensation": LeastSquares()},
     "random": {"method": Random(allocation=GlobalThreshold()), "budget": NARROW},
+    "blocks": {"method": Depth(), "budget": SHALLOW},
+    "sublayers": {"method": Depth(units="sublayers"), "budget": SHALLOW},
+    "depth by loss": {"method": Depth(criterion="loss", units="sublayers"), "budget": SHALLOW},
 }
 every_job = pytest.mark.parametrize("name", list(JOBS))
 
@@ -84,10 +91,11 @@ def test_export_loads_with_the_widths_and_zeros_that_were_counted(
     done = prune(job(folder, tmp_path / "out", name, hidden_on_disk=on_disk))
     facts, spec = done.facts, done.source.spec
     model = load_hf(exported(done, tmp_path / "out"), trust_remote_code=True)
-    assert describe(model).blocks == spec.blocks
+    closed = Closed.of(spec, family_of(model))
+    assert describe(model).blocks == closed.spec(spec).blocks
     for fact in facts:
         for linear, zeros in fact["zeros"].items():
-            assert int((model.get_submodule(linear).weight == 0).sum()) == zeros
+            assert int((model.get_submodule(closed.name(linear)).weight == 0).sum()) == zeros
     assert bool(torch.isfinite(model(tiny.tokens()).logits).all())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -120,7 +128,7 @@ def test_a_run_goes_on_where_it_was_killed(
     what: str,
     number: int,
 ):
-    if what == "keep_stats" and name not in ("flap", "transact"):
+    if what == "keep_stats" and name not in ("flap", "transact", "blocks", "sublayers"):
         pytest.skip("looks at the whole model at no time")
     expected = tensors(prune(job(folder, tmp_path / "whole", name)))
     half = job(folder, tmp_path / "half", name, hidden_on_disk=on_disk)
@@ -200,7 +208,7 @@ def test_a_full_disk_keeps_what_was_finished(
         patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(ExportError, match=r"cannot be written.*No space left.*blocks are kept"):
             prune(given)
-    assert Work(given.target, one_shot.settings(given, *identity(given))).finished() == 2
+    assert Work(given.target, settings(given, *identity(given))).finished() == 2
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     prune(given)
 

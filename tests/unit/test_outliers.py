@@ -22,7 +22,8 @@ from plprune.budget import Budget
 from plprune.count import price
 from plprune.describe import describe
 from plprune.drivers.in_memory import prune_model
-from plprune.drivers.one_shot import Job, prune
+from plprune.drivers.job import Job
+from plprune.drivers.one_shot import prune
 from plprune.drivers.whole import calibrate, view_of
 from plprune.errors import BudgetError, ConfigError, ExportError
 from plprune.methods.flap import FLAP

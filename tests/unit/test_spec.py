@@ -22,7 +22,8 @@ def test_llama_in_numbers():
     assert spec.widths() == {"kv_group": [3, 3], "query_in_group": [6, 6], "mlp": [40, 40]}
     assert (spec.hidden, spec.head_rows, len(spec.linears)) == (48, 64, 14)
     assert spec.embedding == 2 * 64 * 48
-    assert (spec.block_rest, spec.outside_rest) == (2 * 2 * 48, 48)
+    assert (spec.block_rest, spec.outside_rest) == (0, 48)
+    assert [axis.own for axis in spec.of_kind("mlp_sublayer")] == [48, 48]
     q = spec.linears["model.layers.1.self_attn.q_proj"]
     assert (q.rows, q.cols, q.bias, q.block, q.roles) == (48, 48, False, 1, ("q",))
 

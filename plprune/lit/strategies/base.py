@@ -230,6 +230,6 @@ def cut_in_place(
         parameter.grad = None  # used up; the next step would drop it, after old and new had met
     applied = commit(model, spec, lowered)
     for optimizer in optimizers:
-        slice_optimizer(optimizer, applied.swaps, reset=reset)
+        slice_optimizer(optimizer, applied.swaps, gone=applied.gone.values(), reset=reset)
     torch.compiler.reset()
     return applied

@@ -56,6 +56,14 @@ def adopt(root: nn.Module) -> None:
     for module in root.modules():
         for group in _groups(module):
             _refresh(group)
+            if not group.fsdp_params:
+                _let_go(cast(FSDPModule, module), group)
+
+
+def _let_go(module: FSDPModule, group: Any) -> None:
+    """Drop the group of a removed block: there is nothing to gather."""
+    state: Any = module._get_fsdp_state()
+    state._fsdp_param_groups.remove(group)
 
 
 def _groups(module: nn.Module) -> list[Any]:

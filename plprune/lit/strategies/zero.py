@@ -42,6 +42,7 @@ from plprune.lit.strategies.zero_state import (
 from plprune.sharded import part, state_of
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, commit, kept_entries
+from plprune.surgery.removal import removable
 from plprune.surgery.state import Cuts, cut_table
 from plprune.unwrap import unwrap
 
@@ -117,15 +118,22 @@ class ZeROAdapter(Adapter):
         """Commit a cut; see `Adapter.recut`."""
         root = trainer.lightning_module
         prefix = _prefix(root, unwrap(model))
-        table = cut_table(unwrap(model), kept_entries(spec, lowered))
+        keep = kept_entries(spec, lowered)
+        table = cut_table(unwrap(model), keep)
         cuts = {prefix + name: value for name, value in table.items()}
-        done: list[Applied] = []
+        removed = removable(unwrap(model), spec, spec.cut(keep, physical=True))
+        gone, done = {prefix + name for name in removed}, list[Applied]()
+        strategy: Any = trainer.strategy
+        if strategy.optimizers:
+            strategy.group_names = _without(strategy.group_names, gone)
 
         def change() -> None:
             applied = commit(model, spec, lowered)
             for swap in applied.swaps:  # or they would keep the flat buffer of all weights
                 held = part(swap.old)
                 held.data = held.data.new_empty(0)
+            for parameter in applied.gone.values():
+                part(parameter).data = part(parameter).data.new_empty(0)
             done.append(applied)
 
         if trainer.strategy.optimizers:
@@ -226,6 +234,20 @@ def _fill_state(strategy: Any, root: nn.Module, saved: SavedState) -> None:
             else:
                 full = saved.tensor(name, source).to(strategy.root_device, torch.float32)
                 put(parameter, key, full)
+
+
+def _without(groups: list[list[str]], gone: set[str]) -> list[list[str]]:
+    """Optimizer groups without removed parameters."""
+    left = [[name for name in names if name not in gone] for names in groups]
+    empty = [names for names, rest in zip(groups, left, strict=True) if not rest]
+    if empty:
+        raise PlanError(
+            "an optimizer group would lose its last tensor, and DeepSpeed drops the group",
+            given=f"a group of {len(empty[0])} tensors, all of removed blocks ({empty[0][0]}, ...)",
+            allowed="groups that span blocks",
+            fix="let configure_optimizers make groups by kind of tensor, or use ddp or fsdp2",
+        )
+    return left
 
 
 def _own_again(optimizer: Any, root: nn.Module, names: list[list[str]]) -> None:
