@@ -16,7 +16,7 @@ from plprune.callbacks.statistics import Statistics
 from plprune.compensate import Compensation
 from plprune.cuts import Cut
 from plprune.drivers.compensated import Compensated
-from plprune.drivers.progressive import Progressive
+from plprune.drivers.progressive import Progressive, Seen
 from plprune.lit import blockwise, carry, guard, lost, progress
 from plprune.lit.prune_settings import require_choices
 from plprune.lit.recipe import recipe_of, warn_changed
@@ -24,7 +24,6 @@ from plprune.lit.recut import commit_masked, late_cut, require_cuttable, write_w
 from plprune.lit.strategies import adapter_for
 from plprune.lit.watch import Watch, require_observable
 from plprune.methods.base import Method
-from plprune.observe import StatMap
 from plprune.plan import Plan
 from plprune.schedule import Length, OneShot, Phase, Schedule
 from plprune.unwrap import find_model
@@ -52,8 +51,7 @@ class Prune(Callback):
         """Set up; nothing is touched before `fit`.
 
         Args:
-            method: decides what goes; None leaves the model alone (a dense run with the same
-                recipe).
+            method: decides what goes; None leaves the model alone (a dense run, same recipe).
             budget: how much stays at the end.
             schedule: when to cut; default one cut before the first step.
             commit: make tensors smaller at `every` cut, only at the `last`, or at every N-th and
@@ -229,8 +227,8 @@ class Prune(Callback):
         if self.method.order == "blocks":
             share = self.statistics.share_for(trainer, number)
             return blockwise.zeroed(trainer, progressive, self.method, cut.budget, share)
-        seen, batches = self._statistics(trainer, progressive)
         with trainer.precision_plugin.forward_context():
+            seen, batches = self._statistics(trainer, progressive, self.method)
             plan = progressive.decide(self.method, cut.budget, seen, batches)
         if plan.empty:
             log.warning("cut %d changes nothing: the widths asked for are there", number)
@@ -243,19 +241,14 @@ class Prune(Callback):
         reset = self.optimizer_state == "reset"
         commit_masked(trainer, progressive, self.statistics.probe, reset=reset)
 
-    def _statistics(
-        self, trainer: Trainer, progressive: Progressive
-    ) -> tuple[tuple[StatMap, str], tuple[Any, Any] | None]:
-        """What the method looks at; batches to measure losses on and idle ones, if there are."""
-        assert self.method is not None, "checked by the caller"
+    def _statistics(self, trainer: Trainer, progressive: Progressive, method: Method) -> Seen:
         number = progressive.done + 1
         if self.statistics.source != "training":
             share = self.statistics.share_for(trainer, number)
             shown = progress.shown(trainer, f"calibration for cut {number} of {len(self.cuts)}")
-            with trainer.precision_plugin.forward_context():
-                seen = progressive.calibrate(self.method, share.batches, shown, share.idle)
+            seen = progressive.calibrate(method, share.batches, shown, share.idle)
             return seen, (share.batches, share.idle)
-        stats = self._watch.take(self.method.taps(progressive.spec), trainer.global_step)
+        stats = self._watch.take(method.taps(progressive.spec), trainer.global_step)
         self.statistics.probe = self._watch.probe
         return (stats, ""), None
 

@@ -109,7 +109,7 @@ def save_hf(
     _check_model(plain, spec, structure)
     _check_reports(chosen.report_files)
     shared = any_sharded(plain.parameters())
-    closed, elsewhere = Closed.of(spec, family_of(plain)), chosen.read or _nowhere
+    closed = Closed.of(spec, family_of(plain))
     factors = None if chosen.adapters is None else adapter_state(plain)
     writes = not shared or dist.rank() == 0
     folder = staging(target_dir, overwrite=overwrite) if writes else contextlib.nullcontext()
@@ -126,16 +126,19 @@ def save_hf(
             if work is not None and chosen.adapters is not None:
                 save_adapter(chosen.adapters, work / ADAPTERS, spec, factors, closed=closed)
         # Last, because it takes longest: whatever can fail quickly has failed by now.
+        named, read = _in_files(tensors, closed, chosen.read)
         limit = chosen.max_shard_bytes
-        own = {closed.name(name): name for name in tensors}
-        named = {name: tensors[known] for name, known in own.items()}
-        read = None if chosen.read is None else lambda name: elsewhere(own[name])
         write_shards(work, named, target.zeros, chosen.dtype, limit, read=read)
     return target_dir
 
 
-def _nowhere(name: str) -> Tensor:
-    raise KeyError(name)
+def _in_files(
+    tensors: Mapping[str, Tensor], closed: Closed, read: Callable[[str], Tensor] | None
+) -> tuple[dict[str, Tensor], Callable[[str], Tensor] | None]:
+    """Tensors, and how to read them, by the names they get."""
+    own = {closed.name(name): name for name in tensors}
+    named = {name: tensors[known] for name, known in own.items()}
+    return named, None if read is None else lambda name: read(own[name])
 
 
 def _tensors(model: nn.Module, chosen: _Chosen) -> dict[str, Tensor]:

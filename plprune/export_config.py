@@ -186,8 +186,8 @@ class _Draft:
     def _varying(self) -> dict[str, Any]:
         """The widest value of every width, and what single layers have instead."""
         layers = [self._widths(vars(block)) for block in self.spec.blocks]
-        known = dict.fromkeys(attribute for layer in layers for attribute in layer)
-        config: dict[str, Any] = {k: max(one[k] for one in layers if k in one) for k in known}
+        known = {attribute: 0 for layer in layers for attribute in layer}
+        config: dict[str, Any] = {k: max(one.get(k, 0) for one in layers) for k in known}
         per_layer = {
             str(number): own
             for number, (layer, block) in enumerate(zip(layers, self.spec.blocks, strict=True))
@@ -227,8 +227,8 @@ class _Draft:
         return sorted(found)
 
     def _ranges(self) -> list[str]:
-        blocks = [vars(block) for block in self.spec.blocks]
-        values = {name: [b[name] for b in blocks] for name in ("heads", "kv_heads", "ffn")}
+        names, blocks = ("heads", "kv_heads", "ffn"), self.spec.blocks
+        values = {name: [vars(block)[name] for block in blocks] for name in names}
         return [f"{k} {min(v)}..{max(v)}" for k, v in values.items() if min(v) < max(v)]
 
     def _fit(self, cls: Any, config: dict[str, Any]) -> _Fit:
@@ -264,8 +264,7 @@ def modeling_source() -> str:
 @functools.cache
 def _modeling() -> ModuleType:
     module = ModuleType("plprune_modeling_template")
-    # transformers looks a class's module up by name.
-    sys.modules[module.__name__] = module
+    sys.modules[module.__name__] = module  # where transformers looks a class's module up
     exec(compile(modeling_source(), MODELING_FILE, "exec"), module.__dict__)
     return module
 

@@ -29,6 +29,8 @@ from plprune.surgery.rebuild import keep_edits, plan_for, structure_of
 from plprune.unwrap import evaluating, unwrap
 
 _DENSE = "plprune_dense"
+Shares = tuple[Sequence[Batch], Sequence[Batch]]
+Seen = tuple[tuple[StatMap, str], Shares | None]
 
 
 def remember_dense(model: nn.Module, dense: Spec, physical: Spec) -> None:
@@ -79,11 +81,7 @@ class Progressive:
         return calibrate(self.model, self.spec, method, batches, progress, idle)
 
     def decide(
-        self,
-        method: Method,
-        budget: Budget,
-        seen: tuple[StatMap, str],
-        share: tuple[Sequence[Batch], Sequence[Batch]] | None = None,
+        self, method: Method, budget: Budget, seen: tuple[StatMap, str], share: Shares | None = None
     ) -> Plan:
         """Plan in the coordinates of the model as it is now; see `drivers.whole.decide`.
 
@@ -91,7 +89,7 @@ class Progressive:
             method: decides.
             budget: of the dense model, whatever earlier cuts have left.
             seen: from `calibrate`.
-            share: batches to measure losses on, and those that are only run; None: there are none.
+            share: batches to measure losses on, and those only run; None: there are none.
         """
         losses = None if share is None else losses_of(self.model, self.spec, *share)
         return decide(self.model, self.spec, method, self.left(budget), seen, losses)
