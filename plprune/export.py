@@ -127,8 +127,7 @@ def save_hf(
                 save_adapter(chosen.adapters, work / ADAPTERS, spec, factors, closed=closed)
         # Last, because it takes longest: whatever can fail quickly has failed by now.
         named, read = _in_files(tensors, closed, chosen.read)
-        limit = chosen.max_shard_bytes
-        write_shards(work, named, target.zeros, chosen.dtype, limit, read=read)
+        write_shards(work, named, target.zeros, chosen.dtype, chosen.max_shard_bytes, read=read)
     return target_dir
 
 

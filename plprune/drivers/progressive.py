@@ -15,13 +15,14 @@ from plprune.count import count_params, price
 from plprune.describe import describe
 from plprune.drivers.batches import Batch
 from plprune.drivers.removals import losses_of
+from plprune.drivers.scores import score_summary
 from plprune.drivers.whole import Progress, calibrate, decide
 from plprune.errors import CheckpointError, PlanError, StructureError
 from plprune.export_weights import is_tied
 from plprune.masks import LogicalMasks
 from plprune.methods.base import Method
 from plprune.observe import StatMap
-from plprune.plan import Keep, Mask, Plan
+from plprune.plan import Mask, Plan
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, check_edits, commit
 from plprune.surgery.lower import lower
@@ -271,33 +272,3 @@ def probe_loss(model: nn.Module, batch: Batch) -> float:
     with evaluating(plain), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         loss = plain(**inputs, labels=inputs["input_ids"], use_cache=False).loss
     return float(loss)
-
-
-def score_summary(plan: Plan, spec: Spec) -> list[dict[str, Any]]:
-    """Quantiles of the scores of every axis and the lowest kept score, for plots.
-
-    Args:
-        plan: with scores.
-        spec: it was made for.
-
-    Returns:
-        Plain dicts: axis, kind, block, units, quantiles (0, 5, 25, 50, 75, 95, 100 %), threshold.
-    """
-    points = torch.tensor([0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0], dtype=torch.float64)
-    kept = {edit.axis: edit.kept for edit in plan.edits if isinstance(edit, Keep)}
-    rows = []
-    for name, score_U in plan.scores.items():
-        axis = spec.axes[name]
-        left_K = score_U[kept[name]] if name in kept else score_U
-        lowest = left_K.min() if len(left_K) else score_U.max()
-        rows.append(
-            {
-                "axis": name,
-                "kind": axis.kind,
-                "block": axis.block,
-                "units": axis.size,
-                "quantiles": torch.quantile(score_U.double(), points).tolist(),
-                "threshold": float(lowest),
-            }
-        )
-    return rows

@@ -11,7 +11,8 @@ from oracles import close, plan_of, random_plan
 from plprune.budget import Budget
 from plprune.count import count_params
 from plprune.describe import describe
-from plprune.drivers.progressive import Progressive, probe_loss, score_summary
+from plprune.drivers.progressive import Progressive, probe_loss
+from plprune.drivers.scores import score_summary
 from plprune.errors import CheckpointError, PlanError, StructureError
 from plprune.methods.transact import TransAct
 from plprune.plan import Mask, Plan, Write
