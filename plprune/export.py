@@ -108,8 +108,7 @@ def save_hf(
     plain = unwrap(model)
     _check_model(plain, spec, structure)
     _check_reports(chosen.report_files)
-    shared = any_sharded(plain.parameters())
-    closed = Closed.of(spec, family_of(plain))
+    closed, shared = Closed.of(spec, family_of(plain)), any_sharded(plain.parameters())
     factors = None if chosen.adapters is None else adapter_state(plain)
     writes = not shared or dist.rank() == 0
     folder = staging(target_dir, overwrite=overwrite) if writes else contextlib.nullcontext()
