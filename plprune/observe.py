@@ -50,6 +50,30 @@ class Observation:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self.stats[tap] = fold(stat, x, self.token_mask)
 
+    def record_stream(self, tap: Tap, stream: Tensor, came: Tensor, *, adds: bool) -> None:
+        """Add one stretch of the residual stream, an eighth of its tokens at a time.
+
+        Cosines are taken in float64: of all tokens at once they would outweigh the pass.
+
+        Args:
+            tap: where it was taken.
+            stream: [..., H] what enters.
+            came: [..., H] what leaves, or what is added.
+            adds: which of the two it is.
+        """
+        before_NH, came_NH = (x.reshape(-1, x.shape[-1]) for x in (stream, came))
+        mask, whole = self.token_mask, len(before_NH)
+        keep_N = None if mask is None else mask.to(stream.device).reshape(-1)
+        rows = max(1, -(-whole // 8))
+        for start in range(0, whole, rows):
+            part = slice(start, start + rows)
+            one = before_NH[part]
+            other = one + came_NH[part] if adds else came_NH[part]
+            both = [x if x.dtype == torch.float64 else x.float() for x in (one, other)]
+            self.token_mask = None if keep_N is None else keep_N[part]
+            self.record(tap, torch.cat(both, dim=-1))
+        self.token_mask = mask
+
 
 @contextmanager
 def observe(model: nn.Module, taps: Iterable[Tap]) -> Iterator[Observation]:
@@ -112,11 +136,9 @@ def _around(observation: Observation, tap: Tap, model: nn.Module) -> list[Remova
         del args
         if not entered:
             return
-        (stream,), came = entered, out[0] if isinstance(out, tuple) else out
-        left = stream + came.detach().reshape(stream.shape) if tap.until else came.detach()
-        both = [part if part.dtype == torch.float64 else part.float() for part in (stream, left)]
-        observation.record(tap, torch.cat(both, dim=-1))
-        entered.clear()
+        came = (out[0] if isinstance(out, tuple) else out).detach()
+        stream = entered.pop()
+        observation.record_stream(tap, stream, came.reshape(stream.shape), adds=bool(tap.until))
 
     return [
         model.get_submodule(tap.module).register_forward_pre_hook(before, with_kwargs=True),

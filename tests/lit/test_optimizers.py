@@ -101,9 +101,9 @@ def test_moments_are_the_rows_and_columns_that_stay(monkeypatch: pytest.MonkeyPa
 
     seen = []
 
-    def spied(optimizer: Any, swaps: tuple[Swap, ...], *, reset: bool) -> None:
+    def spied(optimizer: Any, swaps: tuple[Swap, ...], *, gone: Any, reset: bool) -> None:
         before = {swap.name: dict(optimizer.state[swap.old]) for swap in swaps}
-        original(optimizer, swaps, reset=reset)
+        original(optimizer, swaps, gone=gone, reset=reset)
         for swap in swaps:
             for key in ("exp_avg", "exp_avg_sq"):
                 expected = before[swap.name][key]

@@ -404,7 +404,7 @@ def test_loaded_per_layer_model_saves_itself(tmp_path: Path):
 
 def test_modeling_file_is_short_and_self_contained():
     source = export_config.modeling_source()
-    assert len(source.splitlines()) < 150
+    assert len(source.splitlines()) < 220
     tree = ast.parse(source)
     imported = {
         node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
