@@ -158,7 +158,7 @@ RUNS = (
     ),
     Run(name="taylor-50", method="methods.taylor.Taylor", keep=0.5, init=_SPARE, peer=_TAYLOR[0.5]),
     Run(
-        name="depth-20", method="methods.depth.Depth", keep=0.8,
+        name="depth-20", method="methods.depth.Depth", keep=0.8, base="blocks",
         peer=Peer(name="ShortGPT's influence, 6 of 30 blocks, our reference", values={40: 63.04}),
     ),
     Run(name="random-20", method="methods.random.Random", keep=0.8, seeded=True),
