@@ -101,8 +101,9 @@ def test_moments_that_are_dropped_are_noticed(name: str):
         "max_steps": 10,
     }
     found, reset = on_ranks(name, **settings), runs.alone(name, **settings)
-    # The first steps of Adam follow signs: in float32 those of tiny gradients may turn.
-    assert runs.gap(found[0], reset) < (2e-4 if name.startswith("zero") else TOLERANCE)
+    # The first steps of Adam follow signs: in float32 those of tiny gradients may turn, how many
+    # depends on the processor (2e-4 on one, 5e-4 on another).
+    assert runs.gap(found[0], reset) < (1e-3 if name.startswith("zero") else TOLERANCE)
     assert runs.gap(found[0], runs.alone(name, max_steps=10)) > 2e-3
 
 
