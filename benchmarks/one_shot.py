@@ -199,6 +199,8 @@ class Bench:
         if done is not None:
             return done
         command = [sys.executable, str(self.options.referee), str(model), "--text", str(self.text)]
+        if model != Path(self.options.model):  # widths by layer come with a modeling file of ours
+            command.append("--trust-remote-code")
         log = self.output / "referee.log"
         spent = run_process([*command, "--windows", str(windows)], log)
         answer: dict[str, Any] = json.loads(log.read_text("utf-8").strip().splitlines()[-1])
@@ -216,7 +218,9 @@ def run_process(command: Sequence[str], log: Path) -> dict[str, Any]:
         CPU seconds and peak memory in GiB of this process.
     """
     with log.open("w", encoding="utf-8") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        # Modeling files of an export go where the log is, not among those of the user.
+        own = {**os.environ, "HF_MODULES_CACHE": str(log.parent / "modules")}
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own)
         try:
             _, status, used = os.wait4(process.pid, 0)
         except BaseException:

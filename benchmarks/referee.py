@@ -3,7 +3,7 @@
 Rows of a WikiText file joined by a blank line, no special tokens, the first N windows of T tokens,
 mean negative log-likelihood of the T - 1 predictions of each window, float32.
 
-usage: python referee.py DIR --text FILE [--windows 40] [--seq-len 1024]
+usage: python referee.py DIR --text FILE [--windows 40] [--seq-len 1024] [--trust-remote-code]
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
     text = joined_rows(options.text.read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=torch.float32, trust_remote_code=options.trust_remote_code
+    ).eval()
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     length = options.seq_len
     losses = []
