@@ -30,20 +30,8 @@ from one_shot import run_process
 
 LIMIT, FLAT = 4.0, 1.05
 """GiB of the 7b shape; how much more twice the blocks may take (allocators are not exact)."""
-SHAPES = {
-    name: dict(
-        zip(
-            ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-            sizes,
-            strict=True,
-        )
-    )
-    for name, sizes in {
-        "7b": (4096, 11008, 32, 32),
-        "70b": (8192, 28672, 64, 8),
-        "tiny": (64, 176, 4, 2),
-    }.items()
-}
+SHAPES = {"7b": (4096, 11008, 32, 32), "70b": (8192, 28672, 64, 8), "tiny": (64, 176, 4, 2)}
+"""Hidden size, MLP channels, query heads, KV heads."""
 WHOLE = {"7b": 32, "70b": 80, "tiny": 8}
 METHODS: dict[str, dict[str, Any]] = {
     "wanda": {
@@ -124,8 +112,16 @@ def build(options: Any, blocks: int) -> Path:
     folder.mkdir()
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     tokenizer.save_pretrained(folder)
-    shape: dict[str, Any] = {"vocab_size": len(tokenizer), **SHAPES[options.shape]}
-    config = LlamaConfig(num_hidden_layers=blocks, dtype="bfloat16", **shape)
+    hidden, ffn, heads, kv_heads = SHAPES[options.shape]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        dtype="bfloat16",
+    )
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}

@@ -64,8 +64,7 @@ def fixed_widths(spec: Spec, budget: Budget) -> Widths:
     for kind, given in budget.widths.items():
         have = units_per_group(spec, kind)
         # A single number leaves alone the blocks that have no such sublayer.
-        one = given if isinstance(given, int) else 0
-        per_block = list(given) if isinstance(given, list) else [min(one, n * one) for n in have]
+        per_block = list(given) if isinstance(given, list) else [given if n else 0 for n in have]
         if len(per_block) != len(have):
             raise BudgetError(
                 f"budget.widths.{kind} has the wrong length",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from interrupted import killed_at
 from plprune.allocation import GlobalThreshold, MeasuredLoss
 from plprune.budget import Budget
 from plprune.compensate import LeastSquares, MeanBias
@@ -20,7 +21,6 @@ from plprune.methods.sparsegpt import SparseGPT
 from plprune.methods.taylor import Taylor
 from plprune.methods.transact import TransAct
 from plprune.methods.wanda import Wanda
-from plprune.streaming.work import Work
 from ranks import run_ranks, start_ranks
 
 HALF = Budget(keep=0.5, base="prunable")
@@ -102,15 +102,8 @@ def test_sequences_that_are_left_out_matter(name: str, folder: Path, tmp_path: P
 @every_job
 def test_a_run_goes_on_where_a_process_was_killed(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = run_ranks(pruned, 2, folder, tmp_path / "whole", name)[0]
-    own = Work.keep
-
-    def keep(work: Work, block: int, *args: Any) -> Any:
-        if block == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return own(work, block, *args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "keep", keep)
+        killed_at(patch, "keep", 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
         outcomes = start_ranks(pruned, 2, folder, tmp_path / "killed", name).wait(120)
     assert outcomes[0] == (False, "died with exit code -9")
     assert not outcomes[1][0], "the other one does not go on alone"

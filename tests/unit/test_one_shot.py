@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from interrupted import Killed, killed_at
 from plprune.allocation import GlobalThreshold
 from plprune.budget import Budget
 from plprune.compensate import LeastSquares, MeanBias
@@ -98,21 +99,6 @@ def test_export_loads_with_the_widths_and_zeros_that_were_counted(
             assert int((model.get_submodule(closed.name(linear)).weight == 0).sum()) == zeros
     assert bool(torch.isfinite(model(tiny.tokens()).logits).all())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-class Killed(BaseException):
-    """Nothing that anybody catches."""
-
-
-def killed_at(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
-    own = getattr(Work, what)
-
-    def keep(work: Work, block: int, *args: Any) -> Any:
-        if block == number:
-            raise Killed
-        return own(work, block, *args)
-
-    monkeypatch.setattr(Work, what, keep)
 
 
 @every_job

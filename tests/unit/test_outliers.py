@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import oracles
 import tiny
+from interrupted import Killed, killed_at
 from plprune.allocation import Allocation, GlobalThreshold, MeasuredLoss, Uniform
 from plprune.budget import Budget
 from plprune.count import price
@@ -36,7 +37,6 @@ from plprune.outliers import OutlierWeighed
 from plprune.plan import Keep, Plan
 from plprune.sparse import SparseMethod
 from plprune.spec import Spec
-from plprune.streaming.work import Work
 from plprune.surgery.apply import apply
 from plprune.surgery.lower import lower
 
@@ -385,10 +385,6 @@ def test_from_files_is_in_memory(folder: Path, tmp_path: Path, name: str):
     assert zeros(model)[3] < min(zero for block, zero in zeros(model).items() if block != 3)
 
 
-class Killed(BaseException):
-    """Nothing that anybody catches."""
-
-
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize(("what", "number"), [("keep_note", 0), ("keep_note", 3), ("keep", 2)])
@@ -398,14 +394,7 @@ def test_a_run_goes_on_where_it_was_killed(
 ):  # fmt: skip
     expected = pruned(folder, tmp_path / "whole", name)
     with monkeypatch.context() as patch:
-        own = getattr(Work, what)
-
-        def keep(work: Work, block: int, *args: Any) -> Any:
-            if block == number:
-                raise Killed
-            return own(work, block, *args)
-
-        patch.setattr(Work, what, keep)
+        killed_at(patch, what, number)
         with pytest.raises(Killed):
             pruned(folder, tmp_path / "half", name, hidden_on_disk=on_disk)
     notes = tmp_path / ".half.unfinished" / "notes.json"
