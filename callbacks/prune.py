@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -216,8 +217,7 @@ class Prune(Callback):
         record = progressive.record(plan, trainer.global_step, before)
         if progressive.pending and planned.commits(self.commit, number, len(self.cuts)):
             self._commit(trainer, progressive)
-        record["committed"] = not progressive.pending
-        record["seconds"] = time.perf_counter() - started
+        record |= {"committed": not progressive.pending, "seconds": time.perf_counter() - started}
         log.info("%s", blockwise.said(progressive, record, len(self.cuts), self.method))
 
     def _made(self, trainer: Trainer, progressive: Progressive, cut: Cut) -> Plan:
@@ -229,7 +229,8 @@ class Prune(Callback):
             return blockwise.zeroed(trainer, progressive, self.method, cut.budget, share)
         with trainer.precision_plugin.forward_context():
             seen, batches = self._statistics(trainer, progressive, self.method)
-            plan = progressive.decide(self.method, cut.budget, seen, batches)
+            shown = partial(progress.shown, trainer, unit="candidates")
+            plan = progressive.decide(self.method, cut.budget, seen, batches, shown)
         if plan.empty:
             log.warning("cut %d changes nothing: the widths asked for are there", number)
         else:

@@ -17,6 +17,10 @@ from plprune.report import KINDS
 from plprune.report_html import figure_html, table_html
 from plprune.stats.losses import LossCurve
 
+_LABELS = {
+    **KINDS, "block": "block", "attention_sublayer": "attention", "mlp_sublayer": "MLP"
+}  # fmt: skip
+"""Kinds in words; here a sublayer is one layer's."""
 FILES = ("sensitivity.html", "sensitivity.json")
 
 
@@ -91,8 +95,8 @@ def page(result: Mapping[str, Any]) -> str:
         title="What single cuts cost",
         facts=f"<div><dt>dense perplexity</dt><dd>{number(result['dense_perplexity'])}</dd></div>",
         headline=escape(
-            f"Layer {worst['block']} needs its {KINDS.get(worst['kind'], worst['kind'])} most: "
-            f"perplexity {number(worst['perplexity'])} with {worst['units']} units left."
+            f"Layer {worst['block']} needs its {_LABELS.get(worst['kind'], worst['kind'])} most: "
+            f"perplexity {number(worst['perplexity'])} {_left(worst['units'])}."
         ),
         verdict="",
         notes='<p class="note">Note: every axis is cut alone, the rest is dense; costs of several '
@@ -122,7 +126,12 @@ def _kinds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _caption(kind: str) -> str:
-    return f"{KINDS.get(kind, kind)}: perplexity of the model with this layer alone cut."
+    label = _LABELS.get(kind, kind)
+    return f"{label[0].upper()}{label[1:]}: perplexity of the model with this layer alone cut."
+
+
+def _left(units: int) -> str:
+    return f"with {units} units left" if units else "without"
 
 
 def _plot(rows: Sequence[Mapping[str, Any]], kind: str) -> str:
@@ -132,5 +141,6 @@ def _plot(rows: Sequence[Mapping[str, Any]], kind: str) -> str:
     for units in widths:
         points = [(row["block"], row["perplexity"]) for row in own if row["units"] == units]
         blocks, values = zip(*points, strict=True)
-        curves.append(Curve(name=f"{units} units left", step=blocks, value=values))
+        name = f"{units} units left" if units else "without"
+        curves.append(Curve(name=name, step=blocks, value=values))
     return curve_plot(curves, (), "perplexity", across="layer")

@@ -214,9 +214,8 @@ class _Run:
 
     def _losses(self, gone: Sequence[str], candidates: Sequence[Sequence[str]]) -> list[float]:
         """Of models without some sublayers; the whole model is in memory."""
-        shown = self.job.shown(f"losses without {len(gone)} sublayers and one unit more")
-        shown(0, len(candidates))
-        return losses_of(self._held, self.dense, self.job.batches)(gone, candidates)
+        job = self.job
+        return losses_of(self._held, self.dense, job.batches, shown=job.shown)(gone, candidates)
 
     @functools.cached_property
     def _held(self) -> nn.Module:

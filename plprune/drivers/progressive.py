@@ -14,7 +14,7 @@ from plprune.budget import Budget
 from plprune.count import count_params, price
 from plprune.describe import describe
 from plprune.drivers.batches import Batch
-from plprune.drivers.removals import losses_of
+from plprune.drivers.removals import Shown, losses_of, unseen
 from plprune.drivers.scores import score_summary
 from plprune.drivers.whole import Progress, calibrate, decide
 from plprune.errors import CheckpointError, PlanError, StructureError
@@ -82,7 +82,12 @@ class Progressive:
         return calibrate(self.model, self.spec, method, batches, progress, idle)
 
     def decide(
-        self, method: Method, budget: Budget, seen: tuple[StatMap, str], share: Shares | None = None
+        self,
+        method: Method,
+        budget: Budget,
+        seen: tuple[StatMap, str],
+        share: Shares | None = None,
+        shown: Shown = unseen,
     ) -> Plan:
         """Plan in the coordinates of the model as it is now; see `drivers.whole.decide`.
 
@@ -91,8 +96,9 @@ class Progressive:
             budget: of the dense model, whatever earlier cuts have left.
             seen: from `calibrate`.
             share: batches to measure losses on, and those only run; None: there are none.
+            shown: makes what shows that, from a title.
         """
-        losses = None if share is None else losses_of(self.model, self.spec, *share)
+        losses = None if share is None else losses_of(self.model, self.spec, *share, shown)
         return decide(self.model, self.spec, method, self.left(budget), seen, losses)
 
     def left(self, budget: Budget) -> Budget:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from plprune import sensitivity, sensitivity_page
 from plprune.allocation import Uniform
 from plprune.callbacks.export import require_writable
 from plprune.describe import describe
+from plprune.drivers.batches import calibration_hash
 from plprune.drivers.compensated import parts
+from plprune.drivers.removals import losses_of
 from plprune.drivers.whole import calibrate, view_of
 from plprune.errors import ConfigError
 from plprune.lit.launched import process_group
@@ -23,6 +26,7 @@ from plprune.lit.parts_cli import PartsCLI
 from plprune.lit.progress import counted
 from plprune.lit.tables import lines, show
 from plprune.load import load_hf
+from plprune.methods.depth import Depth
 from plprune.stats.losses import SHARES, LossCurve
 from plprune.streaming.blocks import Held
 from plprune.structured import StructuredMethod
@@ -30,7 +34,8 @@ from plprune.structured import StructuredMethod
 HELP = """usage: plprune sensitivity --config FILE [--config FILE ...] [--key value ...]
 
 Cut every axis of every layer alone, by the scores of prune.method, at a few widths, and print the
-perplexity on the calibration set. The model must fit in memory; nothing of it is changed.
+perplexity on the calibration set; with Depth, remove every block or sublayer alone. The model must
+fit in memory; nothing of it is changed.
 
   --output DIR            also write a page with plots, and the numbers, there
   --shares LIST           of the units that stay; default [0.875, 0.75, 0.5, 0.25]
@@ -74,7 +79,10 @@ def run(args: Sequence[str]) -> None:
         )
         model.to(device).eval()
         batches = made.data.calibration_batches(0)
-        found, data = _measured(model, method, batches, tuple(given.shares))
+        if isinstance(method, Depth):
+            found, data = _removed(model, method, batches), calibration_hash(batches)
+        else:
+            found, data = _measured(model, method, batches, tuple(given.shares))
     protocol = {
         "model": made.model.pretrained,
         "scores": method.label,
@@ -105,14 +113,36 @@ def _measured(
     return {n: (axes[n].kind, axes[n].block, curve) for n, curve in found.items()}, seen[1]
 
 
-def _method(given: Any) -> StructuredMethod:
+def _removed(model: Any, method: Depth, batches: Any) -> Mapping[str, tuple[str, int, LossCurve]]:
+    """Every unit of depth alone; sizes are those of one axis, so that nothing is left."""
+    spec = describe(model)
+    units = method.units_of(spec)
+    measure = losses_of(model, spec, batches, shown=partial(counted, unit="models", eta=True))
+    dense, *losses = measure((), [(), *([axis.name for axis in unit] for unit in units)])
+    one = torch.ones((), dtype=torch.float64)
+    found = {}
+    for unit, loss in zip(units, losses, strict=True):
+        block = unit[0].block
+        whole = method.units == "blocks"
+        name, kind = (f"{spec.stack}.{block}", "block") if whole else (unit[0].name, unit[0].kind)
+        found[name] = (
+            kind,
+            block,
+            LossCurve(n=one, dense=one * dense, loss_G=one[None] * loss, units_G=0 * one[None]),
+        )
+    return found
+
+
+def _method(given: Any) -> StructuredMethod | Depth:
     """The method without its compensation, and without losses measured for an allocation."""
     method = given and parts(given)[0]
+    if isinstance(method, Depth):
+        return method
     if not isinstance(method, StructuredMethod):
         raise ConfigError(
             "sensitivity needs scores of units",
             given="prune.method: " + ("null" if method is None else method.label),
-            allowed="a method that removes units, such as TransAct, FLAP or Taylor",
+            allowed="a method that removes units, such as TransAct, FLAP or Taylor, or Depth",
             fix="stack one: --config configs/methods/flap.yaml",
         )
     return replace(method, allocation=Uniform())

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import fitting
 from plprune.describe import describe
 from plprune.lit.cli import main
+from plprune.lit.sensitivity_command import SensitivityCLI
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,49 @@ def test_every_axis_of_every_layer_is_measured(
     )
     assert main(command) == 2
     assert "the target directory exists" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("units", ["blocks", "sublayers"])
+def test_every_block_alone(
+    units: str, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    depth = {"class_path": "plprune.methods.depth.Depth", "init_args": {"units": units}}
+    file = file_of(base, tmp_path, depth)
+    assert main(["sensitivity", "--config", file, "--output", str(out)]) == 0
+    found = json.loads((out / "sensitivity.json").read_text("utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    blocks = list(model.model.layers)
+    names = {
+        "blocks": [f"model.layers.{number}" for number in range(len(blocks))],
+        "sublayers": [a.name for a in describe(model).axes.values() if a.removable],
+    }[units]
+    assert [row["axis"] for row in found["rows"]] == names
+    assert {row["units"] for row in found["rows"]} == {0}
+    if units == "blocks":  # the model with the block taken out of its list
+        batches = SensitivityCLI(["fit", "--config", file]).config_init.fit.data
+        calibration = batches.calibration_batches(0)
+        for number, row in enumerate(found["rows"]):
+            model.model.layers = torch.nn.ModuleList(b for b in blocks if b is not blocks[number])
+            assert row["perplexity"] == pytest.approx(perplexity(model, calibration), rel=1e-5)
+        model.model.layers = torch.nn.ModuleList(blocks)
+        assert found["dense_perplexity"] == pytest.approx(perplexity(model, calibration), rel=1e-5)
+    page = (out / "sensitivity.html").read_text("utf-8")
+    assert page.count("<svg") == (1 if units == "blocks" else 2)
+    assert "single cuts" in page.lower()
+    assert " without." in page
+    assert "one unit more" in capfd.readouterr().err
+
+
+@torch.no_grad()
+def perplexity(model: Any, batches: Any) -> float:
+    total, count = 0.0, 0
+    for batch in batches:
+        ids = batch["input_ids"]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        total += float(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+        count += ids[:, 1:].numel()
+    return math.exp(total / count)
 
 
 @pytest.mark.parametrize(
