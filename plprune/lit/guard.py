@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from plprune import dist
 from plprune.describe import describe
 from plprune.errors import CheckpointError, ConfigError, PlanError
+from plprune.lit.arithmetic import warn_slow
 from plprune.lit.strategies.usable import require_started
 from plprune.lora import any_adapter, any_dora
 from plprune.schedule import Length
@@ -33,6 +34,8 @@ _COPIES = (
 
 def refuse_conflicts(trainer: Trainer) -> None:
     """Refuse callbacks that would break, or silently spoil, a cut, and a second pruner.
+
+    Arithmetic that is only slow is said.
 
     Args:
         trainer: with its callbacks.
@@ -64,6 +67,7 @@ def refuse_conflicts(trainer: Trainer) -> None:
             fix="give one Prune a schedule with more cuts, or cut again in a second fit on the "
             "exported model",
         )
+    warn_slow(trainer)
 
 
 def ensure_model(module: LightningModule) -> None:
