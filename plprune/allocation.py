@@ -220,22 +220,28 @@ class GlobalThreshold(Allocation):
 class MeasuredLoss(Allocation):
     """Spend the budget where the loss, measured on the calibration set, says it is needed.
 
-    Every axis is cut alone at a few widths. The convex hull of what that costs gives every unit a
-    price in loss, and one threshold of loss for parameters (or what the budget counts) decides.
-    Costs of several cuts are taken to add.
+    Every axis is cut alone at a few widths, and compensated if cuts are. The convex hull of what
+    that costs gives every unit a price in loss, and one threshold for all decides: loss for
+    parameters (or what the budget counts). Costs of several cuts are taken to add.
     """
 
     needs_data: ClassVar[bool] = True
     least: float = 0.0
     """Share of every axis that stays whatever it costs (at least one unit does)."""
+    sequences: int | None = 8
+    """How many calibration sequences losses are measured on, half a pass a width; None: all."""
 
     def __post_init__(self) -> None:
-        """Check the range.
+        """Check ranges.
 
         Raises:
-            ConfigError: unless it is a share.
+            ConfigError: naming the setting.
         """
         GlobalThreshold(least=self.least)
+        if self.sequences is not None and self.sequences < 1:
+            raise ConfigError(
+                "allocation.sequences out of range", given=str(self.sequences), allowed=">= 1, null"
+            )
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """Losses, for every linear that reads units."""

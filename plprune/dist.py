@@ -55,6 +55,24 @@ def sent(tensor: Tensor, owner: int) -> Tensor:
     return moved.to(tensor.device)
 
 
+def joined(numbers_N: Tensor) -> Tensor:
+    """Numbers of all ranks, one rank's after the other's. Collective.
+
+    Args:
+        numbers_N: [N] int64 on the CPU, as many as this rank has.
+
+    Returns:
+        [M] int64, M the sum of all N.
+    """
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = len(numbers_N)
+    counts = summed(counts)
+    every = torch.zeros(int(counts.sum()), dtype=torch.int64)
+    first = int(counts[: rank()].sum())
+    every[first : first + len(numbers_N)] = numbers_N
+    return summed(every)
+
+
 def all_alike(number: int) -> int | None:
     """A number that is the same on every rank; None if it is not. Collective.
 

@@ -2,30 +2,48 @@
 
 The calibration set is carried along in front of the block in question, so that only it and what
 follows it are run again. Units are masked on the inputs of the linear that reads them, which equals
-cutting them.
+cutting them; with a compensation that linear computes what it will after the cut.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plprune import dist
+from plprune.compensate import Compensation
+from plprune.drivers.batches import some
 from plprune.drivers.blocks import Stream, begin
 from plprune.observe import StatMap
 from plprune.select import top_units
 from plprune.spec import Axis
 from plprune.stats.base import Tap
 from plprune.stats.losses import SHARES, LossCurve
-from plprune.streaming.blocks import Held
+from plprune.streaming.blocks import Blocks, Held
 from plprune.streaming.calls import Batch, blocks_of, finish
 from plprune.streaming.hidden import InMemory
 
 Progress = Callable[[int, int], None]
+Repair = Callable[[str, Tensor], tuple[Tensor, Tensor | None]]
+"""From a linear and [C] bool, inputs that stay, to its weights and bias."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How losses of single cuts are measured."""
+
+    compensation: Compensation | None = None
+    """What follows every cut."""
+    skip_first: int = 0
+    """Tokens at the start of each sequence that its statistics leave out."""
+    sequences: int | None = None
+    """How many of the calibration set losses are measured on; None: all."""
 
 
 def curves(
@@ -34,6 +52,7 @@ def curves(
     scores: Mapping[str, Tensor],
     shares: Sequence[float] = SHARES,
     progress: Progress = lambda done, total: None,
+    setting: Setting = Setting(),
 ) -> dict[str, LossCurve]:
     """Measure every axis alone; collective on all ranks.
 
@@ -43,23 +62,30 @@ def curves(
         scores: axis name -> [U], higher stays; these axes are measured.
         shares: of the units of an axis that stay at each measurement.
         progress: told after every block.
+        setting: on how many sequences, and what follows a cut.
 
     Returns:
         Axis name -> losses, summed over ranks, on the CPU.
     """
-    stream = begin(source, batches, 0, InMemory, "")
+    few = some(batches, setting.sequences)
+    stream = begin(source, few, 0, InMemory, "")
+    whole = None
+    if setting.compensation is not None:  # it looks at all sequences
+        whole = begin(source, batches, setting.skip_first, InMemory, "")
     found: dict[str, LossCurve] = {}
     dense: tuple[Tensor, Tensor] | None = None
     with torch.no_grad():
-        for number in range(len(source)):
-            for axis in source.spec.axes.values():
-                if axis.block == number and axis.name in scores:
-                    dense = dense or loss_from(stream, batches, number)
-                    found[axis.name] = _curve(
-                        stream, batches, number, axis, scores[axis.name], shares, dense
-                    )
+        for number, block in enumerate(blocks_of(source.model)):
+            axes = [a for a in source.spec.axes.values() if a.block == number and a.name in scores]
+            repair = _repair(whole, number, axes, setting.compensation)
+            for axis in axes:
+                dense = dense or loss_from(stream, few, number)
+                cut = partial(_losses, stream, few, axis, repair)
+                found[axis.name] = _curve(axis, scores[axis.name], shares, dense, cut)
             if number + 1 < len(source):
-                stream.forward(number, blocks_of(source.model)[number])
+                for one in (stream, whole):
+                    if one is not None:
+                        one.forward(number, block)
             progress(number + 1, len(source))
     return found
 
@@ -70,6 +96,7 @@ def measured(
     taps: Sequence[Tap],
     scores: Mapping[str, Tensor],
     progress: Progress = lambda done, total: None,
+    setting: Setting = Setting(),
 ) -> StatMap:
     """Curves as statistics of the linears that read the axes.
 
@@ -79,22 +106,21 @@ def measured(
         taps: with `LossCurve`.
         scores: of every axis that such a linear reads.
         progress: told after every block.
+        setting: see `curves`.
     """
     wanted = {tap.module: tap for tap in taps}
     read = {name: source.spec.axes[name].reader.module for name in scores}
     chosen = {name: scores[name] for name, module in read.items() if module in wanted}
-    found = curves(source, batches, chosen, progress=progress)
+    found = curves(source, batches, chosen, progress=progress, setting=setting)
     return {wanted[read[name]]: curve for name, curve in found.items()}
 
 
 def _curve(
-    stream: Stream,
-    batches: Sequence[Batch],
-    number: int,
     axis: Axis,
     score_U: Tensor,
     shares: Sequence[float],
     dense: tuple[Tensor, Tensor],
+    cut: Callable[[Tensor], Tensor],
 ) -> LossCurve:
     per_group = axis.size // axis.groups
     kept = [max(1, round(share * per_group)) * axis.groups for share in shares]
@@ -102,8 +128,7 @@ def _curve(
     for count in kept:
         stays = torch.zeros(axis.size, dtype=torch.bool)
         stays[top_units(score_U, count, axis.group)] = True
-        with _without(stream.source.model, axis, stays):
-            losses.append(loss_from(stream, batches, number)[0])
+        losses.append(cut(stays))
     return LossCurve(
         n=dense[1],
         dense=dense[0],
@@ -112,22 +137,65 @@ def _curve(
     )
 
 
+def _losses(
+    stream: Stream, batches: Sequence[Batch], axis: Axis, repair: Repair | None, stays_U: Tensor
+) -> Tensor:
+    """[] sum of losses with some units of one axis left."""
+    with _without(stream.source, axis, stays_U, repair):
+        return loss_from(stream, batches, axis.block)[0]
+
+
+def _repair(
+    whole: Stream | None, number: int, axes: Sequence[Axis], compensation: Compensation | None
+) -> Repair | None:
+    """What solves for the weights of the linears that read some axes of one block."""
+    if whole is None or compensation is None or not axes:
+        return None
+    spec = whole.source.spec
+    taps = {
+        axis.reader.module: Tap(module=axis.reader.module, stat=compensation.stat) for axis in axes
+    }
+    seen = whole.observe(number, blocks_of(whole.source.model)[number], tuple(taps.values()))
+    view = whole.view(spec, seen)
+
+    def solve(module: str, keep_C: Tensor) -> tuple[Tensor, Tensor | None]:
+        bias = view.bias(module) if spec.linears[module].bias else None
+        return compensation.solve(view.weight(module), bias, seen[taps[module]], keep_C)
+
+    return solve
+
+
 @contextlib.contextmanager
-def _without(model: nn.Module, axis: Axis, stays_U: Tensor) -> Iterator[None]:
-    """Mask units at the linear that reads them."""
-    module = model.get_submodule(axis.reader.module)
+def _without(source: Blocks, axis: Axis, stays_U: Tensor, repair: Repair | None) -> Iterator[None]:
+    """Mask units at the linear that reads them, and let it compute with other weights."""
+    name = axis.reader.module
+    module = source.model.get_submodule(name)
     gone = axis.reader.index[~stays_U].flatten()
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def masked(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0].clone()
         x[..., gone.to(x.device)] = 0
         return (x, *args[1:])
 
-    handle = module.register_forward_pre_hook(hook)
+    handles = [module.register_forward_pre_hook(masked)]
+    if repair is not None:
+        dead_C = source.spec.dead.get((name, "in"))
+        keep_C = torch.ones(source.spec.linears[name].cols, dtype=torch.bool)
+        keep_C[gone] = False
+        if dead_C is not None:
+            keep_C &= ~dead_C
+        weight_RC, bias_R = repair(name, keep_C)
+
+        def refitted(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            bias = None if bias_R is None else bias_R.to(out)
+            return nn.functional.linear(args[0], weight_RC.to(out), bias)
+
+        handles.append(module.register_forward_hook(refitted))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def loss_from(stream: Stream, batches: Sequence[Batch], start: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from plprune import sensitivity
+from plprune.allocation import MeasuredLoss
+from plprune.compensate import Compensation
 from plprune.drivers.batches import Batch
 from plprune.errors import ConfigError
 from plprune.observe import StatMap
@@ -17,7 +19,10 @@ from plprune.spec import Spec
 from plprune.stats.base import Tap
 from plprune.streaming.backward import slopes
 from plprune.streaming.blocks import Held
+from plprune.structured import StructuredMethod
 from plprune.unwrap import evaluating
+
+_PLAIN = sensitivity.Setting()
 
 
 def gradients(
@@ -48,6 +53,7 @@ def costs(
     scores: Mapping[str, Tensor],
     batches: Sequence[Batch],
     progress: sensitivity.Progress = lambda done, total: None,
+    setting: sensitivity.Setting = _PLAIN,
 ) -> StatMap:
     """Losses of the model with one axis cut alone; see `sensitivity.curves`.
 
@@ -58,6 +64,7 @@ def costs(
         scores: axis name -> [U], higher stays.
         batches: of this rank.
         progress: told after every block.
+        setting: on how many sequences, and what follows a cut.
 
     Returns:
         Sums over all ranks, on the CPU.
@@ -66,7 +73,22 @@ def costs(
         ConfigError: if the weights are divided.
     """
     with _held(model, spec, "losses of single cuts") as source:
-        return sensitivity.measured(source, batches, taps, scores, progress)
+        return sensitivity.measured(source, batches, taps, scores, progress, setting)
+
+
+def setting_of(method: StructuredMethod, compensation: Compensation | None) -> sensitivity.Setting:
+    """How an allocation measures losses of single cuts.
+
+    Args:
+        method: with its allocation.
+        compensation: that follows its cuts.
+    """
+    allocation = method.allocation
+    return sensitivity.Setting(
+        compensation=compensation,
+        skip_first=method.skip_first_tokens,
+        sequences=allocation.sequences if isinstance(allocation, MeasuredLoss) else None,
+    )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from plprune.drivers.batches import calibration_hash, empty_calibration
 from plprune.drivers.blocks import Stream, begin, budget_of, prune_block
 from plprune.drivers.carried import by_block, carry_out, observe_whole
 from plprune.drivers.job import Job, settings
-from plprune.drivers.looks import costs
+from plprune.drivers.looks import costs, setting_of
 from plprune.drivers.noted import noted
 from plprune.drivers.removals import losses_of
 from plprune.load import load_hf
@@ -208,9 +208,9 @@ class _Run:
         assert isinstance(method, StructuredMethod), "allocations belong to structured methods"
         view = View(spec=spec, stats=found, weight=self.source.weight, bias=self.source.bias)
         scores = method.scores(view)
-        model = self._held
         shown = job.shown("losses of single cuts")
-        return costs(model, spec, taps, scores, job.batches, shown)
+        setting = setting_of(method, job.compensation)
+        return costs(self._held, spec, taps, scores, job.batches, shown, setting)
 
     def _losses(self, gone: Sequence[str], candidates: Sequence[Sequence[str]]) -> list[float]:
         """Of models without some sublayers; the whole model is in memory."""

@@ -12,7 +12,7 @@ from plprune import dist
 from plprune.budget import Budget
 from plprune.drivers.batches import INPUTS, Batch, calibration_hash, empty_calibration, token_mask
 from plprune.drivers.compensated import parts
-from plprune.drivers.looks import costs, gradients
+from plprune.drivers.looks import costs, gradients, setting_of
 from plprune.methods.base import Losses, Method, View
 from plprune.observe import Observation, StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Plan
@@ -88,10 +88,11 @@ def _more(
     losses = [tap for tap in every if tap.stat.measured]
     more = gradients(model, spec, back, batches) if back else {}
     if losses:
-        inner = parts(method)[0]
+        inner, compensation = parts(method)
         assert isinstance(inner, StructuredMethod), "allocations belong to structured methods"
         scores = inner.scores(view_of(model, spec, ({**found, **more}, "")))
-        more |= costs(model, spec, losses, scores, batches)
+        setting = setting_of(inner, compensation)
+        more |= costs(model, spec, losses, scores, batches, setting=setting)
     return more
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from plprune import sensitivity, sensitivity_page
 from plprune.allocation import Uniform
 from plprune.callbacks.export import require_writable
+from plprune.compensate import Compensation
 from plprune.describe import describe
 from plprune.drivers.batches import calibration_hash
 from plprune.drivers.compensated import parts
@@ -34,8 +35,8 @@ from plprune.structured import StructuredMethod
 HELP = """usage: plprune sensitivity --config FILE [--config FILE ...] [--key value ...]
 
 Cut every axis of every layer alone, by the scores of prune.method, at a few widths, and print the
-perplexity on the calibration set; with Depth, remove every block or sublayer alone. The model must
-fit in memory; nothing of it is changed.
+perplexity on the calibration set; prune.compensation follows every cut. With Depth, remove every
+block or sublayer alone. The model must fit in memory; nothing of it is changed.
 
   --output DIR            also write a page with plots, and the numbers, there
   --shares LIST           of the units that stay; default [0.875, 0.75, 0.5, 0.25]
@@ -82,10 +83,12 @@ def run(args: Sequence[str]) -> None:
         if isinstance(method, Depth):
             found, data = _removed(model, method, batches), calibration_hash(batches)
         else:
-            found, data = _measured(model, method, batches, tuple(given.shares))
+            shares, compensation = tuple(given.shares), parts(made.prune.method)[1]
+            found, data = _measured(model, method, batches, shares, compensation)
     protocol = {
         "model": made.model.pretrained,
         "scores": method.label,
+        **_followed(made.prune.method),
         "calibration set (sha256)": data[:16],
         "sequences": sum(len(batch["input_ids"]) for batch in batches),
         "tokens of a sequence": made.data.corpus.calibration_seq_len,
@@ -102,13 +105,18 @@ def run(args: Sequence[str]) -> None:
 
 
 def _measured(
-    model: Any, method: StructuredMethod, batches: Any, shares: tuple[float, ...]
+    model: Any,
+    method: StructuredMethod,
+    batches: Any,
+    shares: tuple[float, ...],
+    compensation: Compensation | None,
 ) -> tuple[Mapping[str, tuple[str, int, LossCurve]], str]:
     spec = describe(model)
     seen = calibrate(model, spec, method, batches, counted("scores", "batches"))
     scores = method.scores(view_of(model, spec, seen))
     shown = counted("single cuts", "blocks", eta=True)
-    found = sensitivity.curves(Held(model), batches, scores, shares, shown)
+    setting = sensitivity.Setting(compensation=compensation, skip_first=method.skip_first_tokens)
+    found = sensitivity.curves(Held(model), batches, scores, shares, shown, setting)
     axes = spec.axes
     return {n: (axes[n].kind, axes[n].block, curve) for n, curve in found.items()}, seen[1]
 
@@ -131,6 +139,12 @@ def _removed(model: Any, method: Depth, batches: Any) -> Mapping[str, tuple[str,
             LossCurve(n=one, dense=one * dense, loss_G=one[None] * loss, units_G=0 * one[None]),
         )
     return found
+
+
+def _followed(given: Any) -> dict[str, str]:
+    """For the protocol: what follows every cut."""
+    compensation = parts(given)[1]
+    return {} if compensation is None else {"compensation": type(compensation).__name__}
 
 
 def _method(given: Any) -> StructuredMethod | Depth:

@@ -31,7 +31,11 @@ JOBS: dict[str, dict[str, Any]] = {
     "flap": {"method": FLAP(), "budget": NARROW, "compensation": MeanBias()},
     "transact": {"method": TransAct(), "budget": NARROW, "compensation": LeastSquares()},
     "taylor": {"method": Taylor(allocation=GlobalThreshold()), "budget": NARROW},
-    "measured": {"method": TransAct(allocation=MeasuredLoss()), "budget": NARROW},
+    "measured": {
+        "method": TransAct(allocation=MeasuredLoss(sequences=3)),
+        "budget": NARROW,
+        "compensation": LeastSquares(),
+    },
 }
 BATCHES = 3
 """So that two processes get one and two of them, and four leave one without any."""

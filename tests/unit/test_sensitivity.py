@@ -1,28 +1,55 @@
 """Losses of single cuts against the loss of the cut model; budgets spent where they say."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import oracles
 import tiny
+from plprune import sensitivity
 from plprune.allocation import GlobalThreshold, MeasuredLoss, marginal_losses
 from plprune.budget import Budget
+from plprune.compensate import Compensation, LeastSquares, MeanBias
 from plprune.count import price
 from plprune.describe import describe
+from plprune.drivers.batches import some
+from plprune.drivers.compensated import Compensated
 from plprune.drivers.looks import costs
 from plprune.errors import ConfigError
+from plprune.methods.base import Method, View
 from plprune.methods.transact import TransAct
 from plprune.plan import Keep, Plan
 from plprune.select import top_units
-from plprune.sensitivity import curves
+from plprune.sensitivity import Setting, curves
+from plprune.spec import Spec
 from plprune.stats.base import Tap
 from plprune.stats.losses import LossCurve
 from plprune.streaming.blocks import Held
 from plprune.surgery.apply import apply
 
 BATCHES = tiny.batches(2)
+
+
+@dataclass(frozen=True)
+class Chosen(Method):
+    """Keeps given units of one axis."""
+
+    axis: str
+    kept: torch.Tensor
+    looked_at: list
+    skip_first_tokens: int = 2
+
+    def taps(self, spec: Spec) -> tuple[Tap, ...]:
+        return tuple(self.looked_at)
+
+    def plan(self, view: View, budget: Budget) -> Plan:
+        return Plan(
+            edits=(Keep(axis=self.axis, kept=self.kept),),
+            fingerprint=view.spec.fingerprint,
+            method="x",
+        )
 
 
 def loss_of(model: torch.nn.Module, batches: list) -> float:
@@ -72,6 +99,52 @@ def test_a_loss_is_that_of_the_cut_model(name: str):
         assert float(curve.increase_G()[0]) == pytest.approx(wanted, abs=2e-6)
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "opt-mha"])
+@pytest.mark.parametrize("compensation", [LeastSquares(), MeanBias()])
+def test_a_compensated_loss_is_that_of_the_compensated_model(name: str, compensation: Compensation):
+    model = tiny.model(name).eval()
+    spec = describe(model)
+    generator = torch.Generator().manual_seed(0)
+    kinds = ("kv_group", "mlp")
+    scores = {
+        axis.name: torch.rand(axis.size, generator=generator)
+        for axis in spec.axes.values()
+        if axis.kind in kinds
+    }
+    setting = Setting(compensation=compensation, skip_first=2)
+    found = curves(Held(model), padded(), scores, (0.5,), setting=setting)
+    bare = curves(Held(model), padded(), scores, (0.5,))
+    consumers = [Tap(module=n, stat=compensation.stat) for n in spec.consumers(kinds)]
+    for axis_name, curve in found.items():
+        method = Chosen(axis_name, top_units(scores[axis_name], int(curve.units_G[0])), consumers)
+        plan = oracles.plan_by(
+            Compensated(method=method, compensation=compensation), model, Budget(keep=0.5), padded()
+        )
+        small = copy.deepcopy(model)
+        apply(small, plan, spec)
+        wanted = loss_of(small, padded()) - loss_of(model, padded())
+        assert float(curve.increase_G()[0]) == pytest.approx(wanted, abs=2e-6)
+        assert float(bare[axis_name].increase_G()[0]) != pytest.approx(wanted, abs=2e-6)
+
+
+def test_a_part_of_the_set_does_not_depend_on_its_batches():
+    rows = torch.cat([batch["input_ids"] for batch in tiny.batches(3)])
+    single, pair = ([{"input_ids": part} for part in rows.split(size)] for size in (1, 4))
+    chosen = [torch.cat([b["input_ids"] for b in some(each, 3)]) for each in (single, pair)]
+    assert torch.equal(*chosen)
+    assert len(chosen[0]) == 3
+    assert [len(some(single, count)) for count in (None, len(rows), 99)] == [len(rows)] * 3
+    padded = [
+        {
+            "input_ids": torch.nn.functional.pad(row[None], (2, 0)),
+            "attention_mask": torch.nn.functional.pad(torch.ones_like(row[None]), (2, 0)),
+        }
+        for row in rows
+    ]
+    kept = torch.cat([b["input_ids"] for b in some(padded, 3)])
+    assert torch.equal(kept[:, 2:], chosen[0])
+
+
 def curve(units: list[int], losses: list[float]) -> LossCurve:
     one = torch.tensor(1.0, dtype=torch.float64)
     return LossCurve(
@@ -115,6 +188,47 @@ def test_the_budget_is_met_and_spent_where_the_loss_is():
     assert price(spec, budget, sizes) <= 0.7 * whole
     one = whole - price(spec, budget, {"layers.0.mlp": spec.axes["layers.0.mlp"].size - 1})
     assert price(spec, budget, sizes) > 0.7 * whole - one
+
+
+def doubled() -> torch.nn.Module:
+    """Block 1 needs its MLP, but half of its channels would do."""
+    model = tiny.model("llama-gqa").eval()
+    mlp = model.model.layers[1].mlp
+    half = mlp.down_proj.in_features // 2
+    with torch.no_grad():
+        mlp.gate_proj.weight[half:] = mlp.gate_proj.weight[:half]
+        mlp.up_proj.weight[half:] = mlp.up_proj.weight[:half] / 100
+        mlp.down_proj.weight *= 8
+        mlp.down_proj.weight[:, half:] *= 100
+    return model
+
+
+def test_losses_are_measured_on_some_sequences_and_after_compensation(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    seen: list[Setting] = []
+    real = sensitivity.measured
+
+    def measured(source, batches, taps, scores, progress, setting):
+        seen.append(setting)
+        return real(source, batches, taps, scores, progress, setting)
+
+    monkeypatch.setattr(sensitivity, "measured", measured)
+    method = TransAct(allocation=MeasuredLoss(sequences=1), skip_first_tokens=1)
+    budget = Budget(keep=0.7, base="prunable", widths={"kv_group": 3}, multiple_of={"mlp": 1})
+    refit = LeastSquares()
+    plans = [
+        oracles.plan_by(one, doubled(), budget, BATCHES)
+        for one in (method, Compensated(method=method, compensation=refit))
+    ]
+    assert seen == [
+        Setting(compensation=None, skip_first=1, sequences=1),
+        Setting(compensation=refit, skip_first=1, sequences=1),
+    ]
+    bare, mended = (plan.got["mlp"][1] for plan in plans)
+    assert mended < bare, "what a refit mends is cheap"
+    with pytest.raises(ConfigError, match="sequences out of range"):
+        MeasuredLoss(sequences=0)
 
 
 def test_it_loses_less_than_a_threshold_on_scores():
