@@ -110,7 +110,7 @@ _TAYLOR = {
 _HALF = {"keep": 0.5, "base": "prunable"}
 _SPARE = _allocation("allocation.Uniform", spare=[3, 1])
 _OWL = _allocation("outliers.OutlierWeighed")
-_OURS = _allocation("allocation.MeasuredLoss")
+_OURS = _allocation("allocation.MeasuredLoss", sequences=4)
 
 RUNS = (
     Run(name="magnitude-50", method="methods.magnitude.Magnitude", peer=_MAGNITUDE, **_HALF),

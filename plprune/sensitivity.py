@@ -124,15 +124,15 @@ def _curve(
 ) -> LossCurve:
     per_group = axis.size // axis.groups
     kept = [max(1, round(share * per_group)) * axis.groups for share in shares]
-    losses = []
-    for count in kept:
+    losses = {axis.size: dense[0]}
+    for count in set(kept) - losses.keys():  # of few units several shares are the same
         stays = torch.zeros(axis.size, dtype=torch.bool)
         stays[top_units(score_U, count, axis.group)] = True
-        losses.append(cut(stays))
+        losses[count] = cut(stays)
     return LossCurve(
         n=dense[1],
         dense=dense[0],
-        loss_G=torch.stack(losses),
+        loss_G=torch.stack([losses[count] for count in kept]),
         units_G=torch.tensor(kept, dtype=torch.float64),
     )
 

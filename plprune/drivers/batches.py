@@ -76,7 +76,7 @@ def some(batches: Sequence[Batch], count: int | None) -> list[Batch]:
     if len(every) <= count:
         return list(batches)
     limit = every.sort().values[count - 1]
-    part = []
+    part: list[Batch] = []
     for batch, digest in zip(batches, digests, strict=True):
         rows = torch.nonzero(digest <= limit)[:, 0]
         if len(rows):
