@@ -32,6 +32,7 @@ from plprune.memory_shared import SHARDED, pieces
 from plprune.memory_trace import fake_copy
 from plprune.spec import Spec
 from plprune.stats.base import Tap
+from plprune.unwrap import few_logits
 
 _PRECISIONS: Mapping[str, tuple[torch.dtype | None, bool]] = {
     "32-true": (None, False),
@@ -230,9 +231,7 @@ def _forward(
 ) -> Tensor:
     """Loss of one batch, or without `head` the last hidden state's logits."""
     ids = torch.zeros(batch, length, dtype=torch.int64)
-    options: dict[str, Any] = {"labels": ids} if head else {}
-    if not head and "logits_to_keep" in type(model).forward.__code__.co_varnames:
-        options["logits_to_keep"] = 1
+    options: dict[str, Any] = {"labels": ids} if head else few_logits(model)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         out: Any = model(input_ids=ids, use_cache=False, **options)
     return cast(Tensor, out.loss if head else out.logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -27,6 +28,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def few_logits(model: nn.Module) -> dict[str, int]:
+    """Arguments that spare a model the product with its vocabulary, where it knows them.
+
+    Args:
+        model: plain Hugging Face model.
+
+    Returns:
+        For its forward pass: logits of the last token only; or nothing.
+    """
+    # The signature of what decorators wrap; the code object would be that of a decorator.
+    known = inspect.signature(type(model).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

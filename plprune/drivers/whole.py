@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from plprune.plan import Plan
 from plprune.spec import Spec
 from plprune.structured import StructuredMethod
 from plprune.surgery.written import bias_of, weight_of
-from plprune.unwrap import evaluating, unwrap
+from plprune.unwrap import evaluating, few_logits, unwrap
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all)."""
@@ -100,7 +99,7 @@ def _pass(plain: nn.Module, batch: Batch, seen: Observation, skip_first: int) ->
     device = next(plain.parameters()).device
     inputs = {k: batch[k].to(device) for k in INPUTS if k in batch}
     seen.token_mask = token_mask(inputs, skip_first)
-    plain(**inputs, use_cache=False, **_no_logits(plain))
+    plain(**inputs, use_cache=False, **few_logits(plain))
 
 
 def decide(
@@ -147,9 +146,3 @@ def view_of(
         calibration=seen[1],
         losses=losses,
     )
-
-
-def _no_logits(model: nn.Module) -> dict[str, Any]:
-    """Skip the vocabulary product where the model can: calibration needs no logits."""
-    code: Iterable[str] = type(model).forward.__code__.co_varnames
-    return {"logits_to_keep": 1} if "logits_to_keep" in code else {}

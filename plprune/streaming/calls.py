@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from plprune.unwrap import family_of
+from plprune.unwrap import family_of, few_logits
 
 Batch = Mapping[str, Tensor]
 _INPUTS = ("input_ids", "attention_mask")
@@ -103,7 +103,7 @@ def record(model: nn.Module, batch: Batch, known: Known) -> tuple[Tensor, tuple[
         return hidden
 
     with torch.no_grad(), _bypassed(model, bypassed):
-        cast(Any, model)(**_prepared(model, batch), **_few_logits(model))
+        cast(Any, model)(**_prepared(model, batch), **few_logits(model))
     return first[0], tuple(calls)
 
 
@@ -161,9 +161,3 @@ def _bypassed(
     finally:
         for block in blocks:
             del block.forward
-
-
-def _few_logits(model: nn.Module) -> dict[str, Any]:
-    """Skip the vocabulary product where the model can."""
-    names = type(model).forward.__code__.co_varnames
-    return {"logits_to_keep": 1} if "logits_to_keep" in names else {}

@@ -12,6 +12,7 @@ from plprune.drivers.batches import token_mask
 from plprune.drivers.whole import calibrate, decide
 from plprune.errors import DataError, PlanError
 from plprune.methods.transact import TransAct
+from plprune.streaming.calls import Known, record
 
 BUDGET = Budget(widths={"kv_group": 2, "mlp": 8})
 
@@ -22,6 +23,21 @@ def padded_right(x: torch.Tensor) -> torch.Tensor:
 
 def run(model, batches, method=None, progress=None):
     return calibrate(model, describe(model), method or TransAct(), batches, progress)
+
+
+@pytest.mark.parametrize("name", tiny.ONE_PER_FAMILY)
+def test_only_the_last_token_meets_the_vocabulary(name: str):
+    """That product is a fifth of a small model's work, and calibration does not look at it."""
+    model = tiny.model(name).eval()
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, out: rows.append(args[0].shape[-2])
+    )
+    run(model, tiny.batches(2))
+    assert rows == [1, 1]
+    rows.clear()
+    record(model, tiny.batches(1)[0], Known())
+    assert rows == [1]
 
 
 def test_modes_hooks_and_random_state_are_put_back():
