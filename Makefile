@@ -37,7 +37,7 @@ quickstart: venv
 	$(BIN)/python -m plprune.quickstart
 
 test: venv
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -n $(WORKERS)
 
 # One process: lines reached in the children of a test are counted, those of test workers are not.
 coverage: venv
