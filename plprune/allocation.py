@@ -8,10 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ from plprune.methods.base import View
 from plprune.repair import repaired, step_of, target_of
 from plprune.spec import Spec
 from plprune.stats.base import Tap
-from plprune.stats.losses import LossCurve
+from plprune.stats.losses import LossCurve, marginal_losses
 
 Sizes = dict[str, int]
 """Axis name -> units kept, over all groups."""
@@ -37,13 +35,17 @@ class Allocation(ABC):
     of_weights: ClassVar[bool] = False
     """Whether it also divides single weights that become zero."""
 
-    def taps(self, spec: Spec) -> tuple[Tap, ...]:
+    sequences: int | None = None
+    """How many calibration sequences `measured` statistics are of; None: all."""
+
+    def taps(self, spec: Spec, kinds: tuple[str, ...] = ()) -> tuple[Tap, ...]:
         """Statistics it needs besides the method's.
 
         Args:
             spec: the model.
+            kinds: axis kinds that are cut; none where single weights become zero.
         """
-        del spec
+        del spec, kinds
         return ()
 
     def widths(
@@ -243,9 +245,10 @@ class MeasuredLoss(Allocation):
                 "allocation.sequences out of range", given=str(self.sequences), allowed=">= 1, null"
             )
 
-    def taps(self, spec: Spec) -> tuple[Tap, ...]:
-        """Losses, for every linear that reads units."""
-        return tuple(Tap(module=name, stat=LossCurve) for name in spec.consumers())
+    def taps(self, spec: Spec, kinds: tuple[str, ...] = ()) -> tuple[Tap, ...]:
+        """Losses, for every linear that reads units that can go."""
+        cut = (axis.reader.module for axis in spec.axes.values() if axis.kind in kinds)
+        return tuple(Tap(module=name, stat=LossCurve) for name in dict.fromkeys(cut))
 
     def sizes(
         self, view: View, budget: Budget, scores: Mapping[str, Tensor], kinds: tuple[str, ...]
@@ -262,39 +265,3 @@ class MeasuredLoss(Allocation):
                 unit = (whole - price(spec, budget, {axis.name: axis.size / 2})) / (axis.size / 2)
                 worth[axis.name] = marginal_losses(curve, axis.size) / unit
         return GlobalThreshold(least=self.least).sizes(view, budget, worth, kinds)
-
-
-def marginal_losses(curve: LossCurve, size: int) -> Tensor:
-    """What the loss gains by each unit of an axis, the one that stays longest first.
-
-    Args:
-        curve: measured at some widths.
-        size: units of the axis.
-
-    Returns:
-        [U] float64, not negative, falling: slopes of the convex hull of the measured points,
-        between whose middles they change linearly.
-    """
-    points = [(float(size), 0.0)]
-    for units, loss in sorted(
-        zip(curve.units_G.tolist(), curve.increase_G().tolist(), strict=True), reverse=True
-    ):
-        if units < points[-1][0]:
-            points.append((units, max(loss, points[-1][1])))
-    hull = points[:1]
-    for point in points[1:]:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    middles = [(a[0] + b[0]) / 2 for a, b in pairwise(hull)]
-    slopes = [_slope(a, b) for a, b in pairwise(hull)]
-    at = np.arange(size) + 0.5
-    if not slopes:
-        return torch.zeros(size, dtype=torch.float64)
-    found = np.interp(at, middles[::-1], slopes[::-1])
-    # Beyond the outermost middles slopes are constant: a trace of order keeps widths apart.
-    return torch.from_numpy(found * (1 + 1e-6 * (size - at) / size))
-
-
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (a[0] - b[0])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,15 +22,13 @@ from torch import Tensor, nn
 from plprune import dist
 from plprune.data import data_hash, pack, tokenize
 from plprune.errors import ConfigError, DataError, PlpruneError
+from plprune.progress import Progress, silent
 from plprune.text import Rows, read_texts, text_hash
 from plprune.timing import SpeedResult as SpeedResult
 from plprune.timing import evaluating as evaluating
 from plprune.timing import greedy_samples as greedy_samples
 from plprune.timing import speed as speed
 from plprune.unwrap import class_of
-
-Progress = Callable[[int, int], None]
-"""Called with (windows done, windows in all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +126,7 @@ def perplexity(
     *,
     batch_size: int = 1,
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     shared: bool = False,
 ) -> PerplexityResult:
     """Measure the perplexity of a causal language model.
@@ -186,7 +183,7 @@ def _all_losses(
     ids_NT: Tensor,
     batch_size: int,
     device: torch.device | str,
-    progress: Progress | None,
+    progress: Progress,
     *,
     shared: bool,
 ) -> list[float]:
@@ -202,8 +199,7 @@ def _all_losses(
         if mine < len(batches):
             nll_N[rows] = losses
             _require_finite(nll_N[rows], rows, world)
-        if progress is not None:
-            progress(min((turn + world) * batch_size, len(ids_NT)), len(ids_NT))
+        progress(min((turn + world) * batch_size, len(ids_NT)), len(ids_NT))
     if world > 1:
         nll_N = dist.summed(nll_N)
         _require_finite(nll_N, torch.arange(len(nll_N)), world=1)

@@ -69,8 +69,9 @@ class OutlierWeighed(Allocation):
                 allowed="a threshold above 0 (5 in the paper), a spread in [0, 1) (0.08)",
             )
 
-    def taps(self, spec: Spec) -> tuple[Tap, ...]:
+    def taps(self, spec: Spec, kinds: tuple[str, ...] = ()) -> tuple[Tap, ...]:
         """Energy once for linears that read the same activation."""
+        del kinds
         return tuple(Tap(module=names[0], stat=Energy) for names in readers(spec))
 
     def notes(self, view: View) -> dict[int, float]:

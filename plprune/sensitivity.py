@@ -21,6 +21,7 @@ from plprune.compensate import Compensation
 from plprune.drivers.batches import some
 from plprune.drivers.blocks import Stream, begin
 from plprune.observe import StatMap
+from plprune.progress import Progress, silent
 from plprune.select import top_units
 from plprune.spec import Axis
 from plprune.stats.base import Tap
@@ -29,7 +30,6 @@ from plprune.streaming.blocks import Blocks, Held
 from plprune.streaming.calls import Batch, blocks_of, finish
 from plprune.streaming.hidden import InMemory
 
-Progress = Callable[[int, int], None]
 Repair = Callable[[str, Tensor], tuple[Tensor, Tensor | None]]
 """From a linear and [C] bool, inputs that stay, to its weights and bias."""
 
@@ -46,13 +46,17 @@ class Setting:
     """How many of the calibration set losses are measured on; None: all."""
 
 
+PLAIN = Setting()
+"""Nothing follows a cut, and all sequences count."""
+
+
 def curves(
     source: Held,
     batches: Sequence[Batch],
     scores: Mapping[str, Tensor],
     shares: Sequence[float] = SHARES,
-    progress: Progress = lambda done, total: None,
-    setting: Setting = Setting(),
+    progress: Progress = silent,
+    setting: Setting = PLAIN,
 ) -> dict[str, LossCurve]:
     """Measure every axis alone; collective on all ranks.
 
@@ -69,23 +73,24 @@ def curves(
     """
     few = some(batches, setting.sequences)
     stream = begin(source, few, 0, InMemory, "")
-    whole = None
-    if setting.compensation is not None:  # it looks at all sequences
-        whole = begin(source, batches, setting.skip_first, InMemory, "")
+    streams, compensation = [stream], setting.compensation
+    if compensation is not None:  # it looks at all sequences
+        streams.append(begin(source, batches, setting.skip_first, InMemory, ""))
     found: dict[str, LossCurve] = {}
     dense: tuple[Tensor, Tensor] | None = None
     with torch.no_grad():
         for number, block in enumerate(blocks_of(source.model)):
             axes = [a for a in source.spec.axes.values() if a.block == number and a.name in scores]
-            repair = _repair(whole, number, axes, setting.compensation)
+            repair = None
+            if compensation is not None and axes:
+                repair = _repair(streams[1], number, axes, compensation)
             for axis in axes:
                 dense = dense or loss_from(stream, few, number)
                 cut = partial(_losses, stream, few, axis, repair)
                 found[axis.name] = _curve(axis, scores[axis.name], shares, dense, cut)
             if number + 1 < len(source):
-                for one in (stream, whole):
-                    if one is not None:
-                        one.forward(number, block)
+                for one in streams:
+                    one.forward(number, block)
             progress(number + 1, len(source))
     return found
 
@@ -95,8 +100,8 @@ def measured(
     batches: Sequence[Batch],
     taps: Sequence[Tap],
     scores: Mapping[str, Tensor],
-    progress: Progress = lambda done, total: None,
-    setting: Setting = Setting(),
+    progress: Progress = silent,
+    setting: Setting = PLAIN,
 ) -> StatMap:
     """Curves as statistics of the linears that read the axes.
 
@@ -145,12 +150,8 @@ def _losses(
         return loss_from(stream, batches, axis.block)[0]
 
 
-def _repair(
-    whole: Stream | None, number: int, axes: Sequence[Axis], compensation: Compensation | None
-) -> Repair | None:
+def _repair(whole: Stream, number: int, axes: Sequence[Axis], compensation: Compensation) -> Repair:
     """What solves for the weights of the linears that read some axes of one block."""
-    if whole is None or compensation is None or not axes:
-        return None
     spec = whole.source.spec
     taps = {
         axis.reader.module: Tap(module=axis.reader.module, stat=compensation.stat) for axis in axes
@@ -159,8 +160,8 @@ def _repair(
     view = whole.view(spec, seen)
 
     def solve(module: str, keep_C: Tensor) -> tuple[Tensor, Tensor | None]:
-        bias = view.bias(module) if spec.linears[module].bias else None
-        return compensation.solve(view.weight(module), bias, seen[taps[module]], keep_C)
+        weight, bias = view.weight(module), view.bias(module)
+        return compensation.solve(weight, bias, seen[taps[module]], keep_C)
 
     return solve
 

@@ -61,7 +61,7 @@ class StructuredMethod(Method):
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """What scores and allocation look at."""
-        return tuple(dict.fromkeys((*self.looks_at(spec), *self.allocation.taps(spec))))
+        return tuple(dict.fromkeys((*self.looks_at(spec), *self.allocation.taps(spec, self.kinds))))
 
     @abstractmethod
     def looks_at(self, spec: Spec) -> tuple[Tap, ...]:

@@ -113,7 +113,7 @@ def refitted(
     """
     spec, module = source.spec, source.model.get_submodule(consumer)
     lowered = lower(replace(plan, fingerprint=spec.fingerprint), spec)
-    bias = bias_of(module) if spec.linears[consumer].bias else None
-    weight, new_bias = compensation.solve(weight_of(module), bias, seen, lowered[consumer, "in"])
-    write = Write(module=consumer, weight=weight, bias=new_bias)
+    weight, bias = weight_of(module), bias_of(module)
+    weight, bias = compensation.solve(weight, bias, seen, lowered[consumer, "in"])
+    write = Write(module=consumer, weight=weight, bias=bias)
     return replace(plan, edits=(*plan.edits, write))

@@ -84,7 +84,7 @@ class Compensated(Method):
         for number, (module, keep) in enumerate(losing):
             # Divided weights are put together by all ranks; then they take turns with the solving.
             weight = view.weight(module)
-            bias = view.bias(module) if view.spec.linears[module].bias else None
+            bias = view.bias(module)
             seen = view.stats[Tap(module=module, stat=self.compensation.stat)]
             new_weight, new_bias = weight, bias
             exact = torch.promote_types(weight.dtype, torch.float32)

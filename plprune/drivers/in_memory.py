@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from plprune.drivers.blocks import begin, budget_of, prune_block
 from plprune.drivers.noted import look
 from plprune.methods.base import Method
 from plprune.plan import Plan
+from plprune.progress import Progress, silent
 from plprune.sparse import SparseMethod
 from plprune.streaming.blocks import Blocks, Held
 from plprune.streaming.calls import Batch
@@ -79,7 +80,7 @@ def prune_blocks(
     batches: Sequence[Batch],
     calibration: str,
     idle: Sequence[Batch] = (),
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> list[Plan]:
     """Prune block after block of a model that is in memory.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,9 @@ from plprune.budget import Budget
 from plprune.compensate import Compensation
 from plprune.load_check import files_of
 from plprune.methods.base import Method
+from plprune.progress import Shown, unseen
 from plprune.spec import Spec
 from plprune.streaming.calls import Batch
-
-Progress = Callable[[int, int], None]
-Shown = Callable[[str], Progress]
-"""From a title to a function called with (blocks done, blocks in all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +42,7 @@ class Job:
     """Where they compute."""
     trust_remote_code: bool = False
     """Allow Python code of the folder to run."""
-    shown: Shown = field(default=lambda title: lambda done, total: None)
+    shown: Shown = unseen
     """Shows progress."""
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from plprune import sensitivity
-from plprune.allocation import MeasuredLoss
 from plprune.compensate import Compensation
 from plprune.drivers.batches import Batch
 from plprune.errors import ConfigError
 from plprune.observe import StatMap
+from plprune.progress import Progress, silent
+from plprune.sensitivity import PLAIN, Setting, measured
 from plprune.sharded import any_sharded
 from plprune.spec import Spec
 from plprune.stats.base import Tap
@@ -21,8 +21,6 @@ from plprune.streaming.backward import slopes
 from plprune.streaming.blocks import Held
 from plprune.structured import StructuredMethod
 from plprune.unwrap import evaluating
-
-_PLAIN = sensitivity.Setting()
 
 
 def gradients(
@@ -52,8 +50,8 @@ def costs(
     taps: Sequence[Tap],
     scores: Mapping[str, Tensor],
     batches: Sequence[Batch],
-    progress: sensitivity.Progress = lambda done, total: None,
-    setting: sensitivity.Setting = _PLAIN,
+    progress: Progress = silent,
+    setting: Setting = PLAIN,
 ) -> StatMap:
     """Losses of the model with one axis cut alone; see `sensitivity.curves`.
 
@@ -73,21 +71,20 @@ def costs(
         ConfigError: if the weights are divided.
     """
     with _held(model, spec, "losses of single cuts") as source:
-        return sensitivity.measured(source, batches, taps, scores, progress, setting)
+        return measured(source, batches, taps, scores, progress, setting)
 
 
-def setting_of(method: StructuredMethod, compensation: Compensation | None) -> sensitivity.Setting:
+def setting_of(method: StructuredMethod, compensation: Compensation | None) -> Setting:
     """How an allocation measures losses of single cuts.
 
     Args:
         method: with its allocation.
         compensation: that follows its cuts.
     """
-    allocation = method.allocation
-    return sensitivity.Setting(
+    return Setting(
         compensation=compensation,
         skip_first=method.skip_first_tokens,
-        sequences=allocation.sequences if isinstance(allocation, MeasuredLoss) else None,
+        sequences=method.allocation.sequences,
     )
 
 

@@ -14,15 +14,16 @@ from plprune.budget import Budget
 from plprune.count import count_params, price
 from plprune.describe import describe
 from plprune.drivers.batches import Batch
-from plprune.drivers.removals import Shown, losses_of, unseen
+from plprune.drivers.removals import losses_of
 from plprune.drivers.scores import score_summary
-from plprune.drivers.whole import Progress, calibrate, decide
+from plprune.drivers.whole import calibrate, decide
 from plprune.errors import CheckpointError, PlanError, StructureError
 from plprune.export_weights import is_tied
 from plprune.masks import LogicalMasks
 from plprune.methods.base import Method
 from plprune.observe import StatMap
 from plprune.plan import Mask, Plan
+from plprune.progress import Progress, Shown, silent, unseen
 from plprune.spec import Lowered, Spec
 from plprune.surgery.apply import Applied, check_edits, commit
 from plprune.surgery.lower import lower
@@ -75,7 +76,7 @@ class Progressive:
         self,
         method: Method,
         batches: Sequence[Batch],
-        progress: Progress | None = None,
+        progress: Progress = silent,
         idle: Sequence[Batch] = (),
     ) -> tuple[StatMap, str]:
         """Statistics of the model as it computes now; see `drivers.whole.calibrate`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from plprune import dist
 from plprune.drivers.batches import Batch
 from plprune.drivers.blocks import begin
 from plprune.methods.base import Losses
+from plprune.progress import Progress, Shown, unseen
 from plprune.sensitivity import loss_from, summed_loss
 from plprune.sharded import any_sharded
 from plprune.spec import Axis, Spec
@@ -19,21 +20,6 @@ from plprune.streaming.calls import blocks_of, inputs_of
 from plprune.streaming.hidden import InMemory
 from plprune.surgery.removal import skipped
 from plprune.unwrap import evaluating, family_of, unwrap
-
-Progress = Callable[[int, int], None]
-"""Called with (candidates done, candidates in all)."""
-Shown = Callable[[str], Progress]
-"""Makes one, from a title."""
-
-
-def unseen(title: str) -> Progress:
-    """Show nothing.
-
-    Args:
-        title: of what is not shown.
-    """
-    del title
-    return lambda done, total: None
 
 
 def losses_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -15,13 +15,11 @@ from plprune.drivers.looks import costs, gradients, setting_of
 from plprune.methods.base import Losses, Method, View
 from plprune.observe import Observation, StatMap, check, observe, to_cpu, zeros
 from plprune.plan import Plan
+from plprune.progress import Progress, silent
 from plprune.spec import Spec
 from plprune.structured import StructuredMethod
 from plprune.surgery.written import bias_of, weight_of
 from plprune.unwrap import evaluating, few_logits, unwrap
-
-Progress = Callable[[int, int], None]
-"""Called with (batches done, batches in all)."""
 
 
 def calibrate(
@@ -29,7 +27,7 @@ def calibrate(
     spec: Spec,
     method: Method,
     batches: Sequence[Batch],
-    progress: Progress | None = None,
+    progress: Progress = silent,
     idle: Sequence[Batch] = (),
 ) -> tuple[StatMap, str]:
     """Run the calibration set through the model and collect what the method's taps ask for.
@@ -65,8 +63,7 @@ def calibrate(
     ):
         for number, batch in enumerate(batches):
             _pass(plain, batch, seen, method.skip_first_tokens)
-            if progress is not None:
-                progress(number + 1, len(batches))
+            progress(number + 1, len(batches))
         seen.active = False
         for batch in idle:
             _pass(plain, batch, seen, 0)

@@ -12,10 +12,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-log = logging.getLogger("plprune")
+from plprune.progress import Progress, silent
 
-Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
+log = logging.getLogger("plprune")
 
 
 def shown(trainer: Trainer, title: str, unit: str = "batches") -> Progress:
@@ -31,7 +30,7 @@ def shown(trainer: Trainer, title: str, unit: str = "batches") -> Progress:
         A function called with (done, total).
     """
     if not trainer.is_global_zero:
-        return lambda done, total: None
+        return silent
     return counted(title, unit, bar=trainer.progress_bar_callback is not None)
 
 

@@ -22,6 +22,7 @@ from plprune.lit.parts_cli import PartsCLI
 from plprune.lit.progress import counted
 from plprune.lit.tables import lines, show, span
 from plprune.load import STRUCTURE_FILE, folder_of
+from plprune.progress import Progress, silent
 
 HELP = """usage: plprune prune --config FILE [--config FILE ...] [--key value ...] --output DIR
 
@@ -125,9 +126,9 @@ def _job(given: Any, made: Any, target: Path, device: str) -> Job:
     )
 
 
-def _shown(title: str) -> Any:
+def _shown(title: str) -> Progress:
     if dist.rank() != 0:
-        return lambda done, total: None
+        return silent
     return counted(title, "blocks", eta=True)
 
 

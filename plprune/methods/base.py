@@ -37,8 +37,8 @@ class View:
     """What its taps saw, summed over ranks."""
     weight: Callable[[str], Tensor]
     """Module path -> [R, C] weight the model computes with, adapters included; read-only."""
-    bias: Callable[[str], Tensor]
-    """Module path -> [R] bias, of linears that have one; read-only."""
+    bias: Callable[[str], Tensor | None]
+    """Module path -> [R] bias, None without one; read-only."""
     calibration: str = ""
     """sha256 of the calibration tokens."""
     losses: Losses | None = None

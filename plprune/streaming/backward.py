@@ -11,7 +11,7 @@ Legend: T tokens, H residual width, R rows, C columns.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from plprune import dist
 from plprune.errors import DataError, PlanError, first_line
 from plprune.observe import StatMap
+from plprune.progress import Progress, silent
 from plprune.stats.base import Tap
 from plprune.stats.slopes import Slopes
 from plprune.streaming.blocks import Blocks
 from plprune.streaming.calls import Batch, Call, Known, finish, record
 from plprune.surgery.linear_like import shape_of
 from plprune.surgery.written import weight_of
-
-Progress = Callable[[int, int], None]
 
 
 def singles(batches: Sequence[Batch]) -> list[Batch]:
@@ -52,7 +51,7 @@ def slopes(
     taps: Sequence[Tap],
     *,
     folder: Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> StatMap:
     """Sums of gradients; collective on all ranks.
 

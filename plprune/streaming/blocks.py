@@ -132,9 +132,9 @@ class FromFiles(Blocks):
         with self._filled([f"{name}.weight"]):
             return weight_of(self.model.get_submodule(name))
 
-    def bias(self, name: str) -> Tensor:
-        """[R] of one linear that has a bias, read for the occasion."""
-        with self._filled([f"{name}.bias"]):
+    def bias(self, name: str) -> Tensor | None:
+        """[R] of one linear, read for the occasion; None without one."""
+        with self._filled([place for place in (f"{name}.bias",) if place in self.places]):
             return bias_of(self.model.get_submodule(name))
 
     @contextlib.contextmanager

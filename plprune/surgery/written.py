@@ -43,9 +43,10 @@ def weight_of(module: nn.Module) -> Tensor:
     return total.to(torch.promote_types(weight_RC.dtype, torch.float32))
 
 
-def bias_of(module: nn.Module) -> Tensor:
-    """[R] bias of a linear that has one; collective for divided weights."""
-    return whole(cast(Tensor, base_of(module).bias)).detach()
+def bias_of(module: nn.Module) -> Tensor | None:
+    """[R] bias of a linear, None without one; collective for divided weights."""
+    bias = cast(Tensor | None, base_of(module).bias)
+    return None if bias is None else whole(bias).detach()
 
 
 def new_values(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Parameter, Tensor]]:

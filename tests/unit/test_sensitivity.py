@@ -8,12 +8,12 @@ import torch
 
 import oracles
 import tiny
-from plprune import sensitivity
-from plprune.allocation import GlobalThreshold, MeasuredLoss, marginal_losses
+from plprune.allocation import GlobalThreshold, MeasuredLoss
 from plprune.budget import Budget
 from plprune.compensate import Compensation, LeastSquares, MeanBias
 from plprune.count import price
 from plprune.describe import describe
+from plprune.drivers import looks
 from plprune.drivers.batches import some
 from plprune.drivers.compensated import Compensated
 from plprune.drivers.looks import costs
@@ -25,7 +25,7 @@ from plprune.select import top_units
 from plprune.sensitivity import Setting, curves
 from plprune.spec import Spec
 from plprune.stats.base import Tap
-from plprune.stats.losses import LossCurve
+from plprune.stats.losses import LossCurve, marginal_losses
 from plprune.streaming.blocks import Held
 from plprune.surgery.apply import apply
 
@@ -203,17 +203,29 @@ def doubled() -> torch.nn.Module:
     return model
 
 
+def test_losses_are_asked_for_where_units_can_go():
+    spec = describe(doubled())
+
+    def asked(method: TransAct) -> set[str]:
+        return {tap.module.rpartition(".")[2] for tap in method.taps(spec) if tap.stat.measured}
+
+    allocation = MeasuredLoss()
+    assert asked(TransAct(allocation=allocation)) == {"o_proj", "down_proj"}
+    assert asked(TransAct(allocation=allocation, attention="none")) == {"down_proj"}
+    assert asked(TransAct(allocation=allocation, mlp=False)) == {"o_proj"}
+
+
 def test_losses_are_measured_on_some_sequences_and_after_compensation(
     monkeypatch: pytest.MonkeyPatch,
 ):
     seen: list[Setting] = []
-    real = sensitivity.measured
+    real = looks.measured
 
     def measured(source, batches, taps, scores, progress, setting):
         seen.append(setting)
         return real(source, batches, taps, scores, progress, setting)
 
-    monkeypatch.setattr(sensitivity, "measured", measured)
+    monkeypatch.setattr(looks, "measured", measured)
     method = TransAct(allocation=MeasuredLoss(sequences=1), skip_first_tokens=1)
     budget = Budget(keep=0.7, base="prunable", widths={"kv_group": 3}, multiple_of={"mlp": 1})
     refit = LeastSquares()
