@@ -18,7 +18,7 @@ from plprune.budget import Budget, require_numbers
 from plprune.count import price
 from plprune.errors import ConfigError
 from plprune.methods.base import View
-from plprune.repair import repaired, step_of, target_of
+from plprune.repair import repaired, require_possible, step_of, target_of
 from plprune.spec import Spec
 from plprune.stats.base import Tap
 from plprune.stats.losses import LossCurve, marginal_losses
@@ -51,8 +51,12 @@ class Allocation(ABC):
     def widths(
         self, spec: Spec, budget: Budget, kinds: tuple[str, ...]
     ) -> dict[str, list[int]] | None:
-        """Widths that follow from the budget alone; None if they depend on statistics."""
-        del spec, budget, kinds
+        """Widths that follow from the budget alone; None if they depend on statistics.
+
+        Raises:
+            BudgetError: if no widths meet it.
+        """
+        require_possible(spec, budget, kinds)
         return None
 
     @abstractmethod

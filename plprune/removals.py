@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from plprune.budget import Budget
-from plprune.count import price
+from plprune.count import count_flops, count_params, kv_cache_bytes, price
 from plprune.errors import BudgetError
 from plprune.spec import SUBLAYERS, Axis, Spec
 
@@ -74,3 +74,19 @@ class Goal:
     def _price(self, gone: Sequence[Unit]) -> float:
         sizes = {axis.name: 0 for unit in gone for axis in unit}
         return float(price(self.spec, self.budget, sizes))
+
+
+def alike(spec: Spec, units: Sequence[Unit], context: int) -> bool:
+    """Whether the model has the same parameters, FLOPs and cache whichever unit goes.
+
+    Args:
+        spec: the model.
+        units: that are there.
+        context: tokens, for FLOPs.
+    """
+    left = set()
+    for unit in units:
+        sizes = {axis.name: 0 for axis in unit}
+        flops = count_flops(spec, sizes, context=context).model
+        left.add((count_params(spec, sizes).model, flops, kv_cache_bytes(spec, sizes)))
+    return len(left) < 2

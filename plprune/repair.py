@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from plprune.allocate import fixed_widths, sizes_of
 from plprune.budget import Budget
 from plprune.count import price
 from plprune.errors import BudgetError
@@ -38,13 +39,7 @@ def repaired(
     heapq.heapify(worst)
     while price(spec, budget, result) > allowed:
         if not worst:
-            floor = price(spec, budget, result) / price(spec, budget)
-            raise BudgetError(
-                "no widths meet the budget",
-                given=f"keep {budget.keep} of {budget.of} ({budget.base})",
-                allowed=f"at least {floor:.4f} with the fewest units budget.multiple_of allows",
-                fix="raise budget.keep, lower budget.multiple_of, or choose another base",
-            )
+            raise _unmet(spec, budget, result)
         _, name = heapq.heappop(worst)
         result[name] = _below(result[name], steps[name])
         if result[name] > steps[name]:
@@ -60,6 +55,35 @@ def repaired(
         if wider < spec.axes[name].size:
             heapq.heappush(best, (-float(order[name][wider]), name))
     return result
+
+
+def require_possible(spec: Spec, budget: Budget, kinds: Sequence[str]) -> None:
+    """Refuse a budget that `repaired` would, before anything is known of the units.
+
+    Args:
+        spec: the model.
+        budget: how much stays.
+        kinds: axis kinds that are cut.
+
+    Raises:
+        BudgetError: if one multiple in every axis is too much, or nothing says how much stays.
+    """
+    least = sizes_of(spec, fixed_widths(spec, budget))
+    for axis in spec.axes.values():
+        if axis.kind in kinds and axis.kind not in budget.widths:
+            least[axis.name] = min(axis.size, step_of(spec, axis.name, budget))
+    if price(spec, budget, least) > target_of(spec, budget) * (1 + 1e-12):
+        raise _unmet(spec, budget, least)
+
+
+def _unmet(spec: Spec, budget: Budget, least: Mapping[str, int]) -> BudgetError:
+    floor = price(spec, budget, least) / price(spec, budget)
+    return BudgetError(
+        "no widths meet the budget",
+        given=f"keep {budget.keep} of {budget.of} ({budget.base})",
+        allowed=f"at least {floor:.4f} with the fewest units budget.multiple_of allows",
+        fix="raise budget.keep, lower budget.multiple_of, or choose another base",
+    )
 
 
 def _below(size: int, step: int) -> int:

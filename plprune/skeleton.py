@@ -163,7 +163,7 @@ def shrink(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
 
     Args:
         model: changed in place.
-        sizes: axis name -> units to keep, over all groups.
+        sizes: axis name -> units to keep, over all groups; 0 for sublayers that go.
 
     Returns:
         The model.
@@ -174,7 +174,9 @@ def shrink(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
         axis = spec.axes[name]
         if keep < axis.size:
             # Equal scores: the first units of every group stay.
-            kept = top_units(torch.zeros(axis.size), keep, axis.group)
+            scores = torch.zeros(axis.size)
+            none = torch.zeros(0, dtype=torch.int64)
+            kept = top_units(scores, keep, axis.group) if keep else none
             edits.append(Keep(axis=name, kept=kept))
     apply(model, Plan(edits=tuple(edits), fingerprint=spec.fingerprint, method="plan"), spec)
     return model

@@ -64,6 +64,10 @@ class Compensated(Method):
         """Those of the method."""
         return self.method.widths(spec, budget)
 
+    def sizes_like(self, spec: Spec, budget: Budget) -> dict[str, int] | None:
+        """Those of the method."""
+        return self.method.sizes_like(spec, budget)
+
     def hyper(self) -> dict[str, Any]:
         """Those of both."""
         own = {"class": type(self.compensation).__name__, **self.compensation.hyper()}

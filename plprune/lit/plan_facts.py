@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from plprune import cuts as planned
-from plprune.allocate import sizes_of, units_per_group
+from plprune.allocate import units_per_group
 from plprune.budget import Budget
 from plprune.count import count_flops, count_params, kv_cache_bytes, price
 from plprune.cuts import Cut
 from plprune.describe import describe
-from plprune.lit.plan_memory import Run, memory_of, widths_of
+from plprune.lit.plan_memory import Run, memory_of, sizes_after, widths_of
 from plprune.lit.run_length import devices, run_length
 from plprune.lit.tables import span
 from plprune.schedule import Length, Phase, TransActRamp
@@ -44,7 +44,7 @@ def facts(run: Run) -> dict[str, Any]:
     length = run_length(run.trainer, run.data, None if run.pruner is None else run.pruner.schedule)
     cuts = _cuts(run, spec, length)
     budget = None if run.pruner is None else run.pruner.budget
-    rows = [_row(spec, cut, budget, str(n)) for n, cut in enumerate((None, *cuts))]
+    rows = [_row(run, spec, cut, str(n)) for n, cut in enumerate((None, *cuts))]
     rows[0]["name"] = "dense"
     stretches = _stretches(rows, _phases(run, length), length)
     for row in (*rows, *stretches):
@@ -79,25 +79,25 @@ def _phases(run: Run, length: Length) -> tuple[Phase, ...]:
     return found
 
 
-def _row(spec: Spec, cut: Cut | None, budget: Budget | None, name: str) -> dict[str, Any]:
+def _row(run: Run, spec: Spec, cut: Cut | None, name: str) -> dict[str, Any]:
     """Sizes after a cut; None where they depend on data that nobody has seen yet."""
+    budget, method = (None, None) if run.pruner is None else (run.pruner.budget, run.pruner.method)
     row: dict[str, Any] = {
         "name": name,
         "step": 0 if cut is None else cut.step,
         "peak_learning_rate": None,
     }
-    widths = widths_of(spec, cut)
-    if widths is None:
-        assert cut is not None, "the dense widths are known"
+    sizes = sizes_after(spec, cut, method)
+    if sizes is None:
+        assert cut is not None, "the dense sizes are known"
         unknown = dict.fromkeys(("widths", "params", "flops_per_token", "kv_cache_bytes_per_token"))
         return row | unknown | {"kept": cut.budget.keep}
-    sizes = sizes_of(spec, widths)
     context = 2048 if budget is None else budget.context
     params = count_params(spec, sizes)
     dense = 1.0 if budget is None else float(price(spec, budget))
     now = 1.0 if budget is None else float(price(spec, budget, sizes))
     return row | {
-        "widths": widths,
+        "widths": widths_of(spec, cut),
         "params": {base: int(count) for base, count in params.to_dict().items()},
         "kept": now / dense,
         "flops_per_token": int(count_flops(spec, sizes, context=context).model),

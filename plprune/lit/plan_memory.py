@@ -17,6 +17,7 @@ from plprune.lit.run_length import accumulation, devices
 from plprune.memory import Setup, Stages, estimate, statistics_bytes
 from plprune.memory_phase import Phase
 from plprune.memory_shared import shared, traffic
+from plprune.methods.base import Method
 from plprune.skeleton import shrink, store_block_inputs
 from plprune.spec import Spec
 
@@ -68,6 +69,21 @@ def widths_of(spec: Spec, cut: Cut | None) -> dict[str, list[int]] | None:
     return dense | stated
 
 
+def sizes_after(spec: Spec, cut: Cut | None, method: Method | None) -> dict[str, int] | None:
+    """Units of axes after a cut; None where they depend on data.
+
+    Args:
+        spec: the dense model.
+        cut: None for before the first.
+        method: of the cut.
+    """
+    widths = widths_of(spec, cut)
+    if widths is not None:
+        return sizes_of(spec, widths)
+    assert cut is not None, "the dense widths are known"
+    return None if method is None else method.sizes_like(spec, cut.budget)
+
+
 def memory_of(
     run: Run, model: nn.Module, spec: Spec, cuts: tuple[Cut, ...]
 ) -> tuple[dict[str, Any], list[str]]:
@@ -85,7 +101,8 @@ def memory_of(
     """
     notes = [_DEVICE] if _on_gpu(run) or devices(run.trainer) > 1 else []
     notes += [] if _on_gpu(run) else [_HEAP]
-    known = [widths for cut in cuts if (widths := widths_of(spec, cut)) is not None]
+    method = None if run.pruner is None else run.pruner.method
+    known = [sizes for cut in cuts if (sizes := sizes_after(spec, cut, method)) is not None]
     if len(known) < len(cuts):
         notes.append("widths depend on data: memory after cuts is given at the dense size")
     if run.lora is not None and run.lora.start == "last_cut":
@@ -94,7 +111,7 @@ def memory_of(
         store_block_inputs(model)
     commits = _committed(run, len(cuts))
     small = [
-        shrink(copy.deepcopy(model), sizes_of(spec, known[n - 1])) if known else model
+        shrink(copy.deepcopy(model), known[n - 1]) if known else model
         for n in dict.fromkeys(commits)
     ]
     stages = Stages(
@@ -105,7 +122,7 @@ def memory_of(
     )
     try:
         setup = _setup(run)
-        taps = () if run.pruner is None else run.pruner.method.taps(spec)
+        taps = () if method is None else method.taps(spec)
         if any(tap.stat.backward for tap in taps):
             notes.append("the backward pass of the calibration set is not in the estimate")
         phases = estimate(stages, setup, statistics_bytes(spec, taps))

@@ -110,6 +110,19 @@ class Method(ABC):
         del spec, budget
         return None
 
+    def sizes_like(self, spec: Spec, budget: Budget) -> dict[str, int] | None:
+        """Sizes of a result, where data decides which units go but not what is left in numbers.
+
+        Args:
+            spec: the model.
+            budget: how much to keep.
+
+        Returns:
+            Axis name -> units kept, of axes that change; None if numbers depend on data too.
+        """
+        del spec, budget
+        return None
+
     def towards(self, spec: Spec, budget: Budget, progress: Fraction) -> Budget:
         """The budget of a cut on the way, where widths depend on statistics.
 

@@ -39,7 +39,7 @@ from plprune.budget import Budget, require_numbers
 from plprune.errors import ConfigError, FamilyError, PlanError
 from plprune.methods.base import Method, View
 from plprune.plan import Keep, Plan
-from plprune.removals import Goal, Unit
+from plprune.removals import Goal, Unit, alike
 from plprune.spec import SUBLAYERS, Spec
 from plprune.stats.base import Tap
 from plprune.stats.cosine import Cosine
@@ -105,6 +105,39 @@ class Depth(Method):
             return tuple((axis,) for axis in there)
         blocks = dict.fromkeys(axis.block for axis in there)
         return tuple(tuple(a for a in there if a.block == block) for block in blocks)
+
+    def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]] | None:
+        """None: which units go depends on data.
+
+        Args:
+            spec: the model.
+            budget: how much to keep.
+
+        Raises:
+            BudgetError: for widths of units, or less than what is left without all that can go.
+        """
+        units = self.units_of(spec)
+        goal = Goal(spec, budget, self.units, units)
+        gone: list[Unit] = []
+        for unit in units:
+            if goal.may(gone, unit):
+                gone.append(unit)
+        goal.require(gone)
+        return None
+
+    def sizes_like(self, spec: Spec, budget: Budget) -> dict[str, int] | None:
+        """The model without its last units, if every unit is like every other."""
+        units = self.units_of(spec)
+        if not alike(spec, units, budget.context):
+            return None
+        goal = Goal(spec, budget, self.units, units)
+        gone: list[Unit] = []
+        for unit in reversed(units):
+            if goal.met(gone) or not goal.may(gone, unit):
+                break
+            gone.append(unit)
+        goal.require(gone)
+        return {axis.name: 0 for unit in gone for axis in unit}
 
     def towards(self, spec: Spec, budget: Budget, progress: Fraction) -> Budget:
         """Equal shares of what goes, in whole units where the budget counts them."""

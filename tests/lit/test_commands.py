@@ -114,6 +114,27 @@ def test_plan_says_what_fit_did(
     assert [p["name"] for p in found["memory"]][:3] == ["load", "observe", "cut"]
 
 
+def test_plan_knows_how_many_blocks_go_but_not_which(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(base, tmp_path)
+    values["prune"]["method"] = {"class_path": "plprune.methods.depth.Depth"}
+    values["prune"]["budget"] = {"widths": {"blocks": 1}}
+    found = planned(capsys, "--config", written(tmp_path, values))
+    last, dense = found["cuts"][-1], found["dense"]
+    assert last["widths"] is None
+    assert (
+        last["kv_cache_bytes_per_token"] * found["run"]["layers"]
+        == dense["kv_cache_bytes_per_token"]
+    )
+    assert last["params"]["prunable"] * found["run"]["layers"] == dense["params"]["prunable"]
+    memory = {phase["name"]: phase["weights"] for phase in found["memory"]}
+    assert memory["train_pruned"] < memory["load"]
+    values["prune"]["budget"] = {"keep": 0.7, "widths": {"kv_group": 1}}
+    file = written(tmp_path, values)
+    assert "cannot be met by removing blocks" in refused(capsys, "plan", "--config", file)
+
+
 def test_plan_reads_no_text_if_the_steps_are_given(
     base: Path,
     tmp_path: Path,

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 import oracles
 import tiny
 from plprune.budget import Budget
-from plprune.count import price
+from plprune.count import count_flops, count_params, kv_cache_bytes, price
 from plprune.describe import describe
 from plprune.drivers.removals import losses_of
 from plprune.drivers.whole import calibrate, decide, view_of
 from plprune.errors import BudgetError, ConfigError, PlanError
 from plprune.methods.depth import Depth
 from plprune.plan import Plan
+from plprune.skeleton import shrink
 from plprune.spec import SUBLAYERS
 from plprune.stats.base import fold
 from plprune.stats.cosine import Cosine
@@ -317,3 +318,40 @@ def test_what_is_gone_is_no_candidate():
         again = planned(model, method, Budget(keep=0.7, base="blocks"))
         assert gone(again) <= there
         assert gone(again)
+
+
+# --- known before any data is read -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(keep=0.7, base="non_embedding"), Budget(widths={"blocks": 2}), Budget(keep=1.0)],
+)
+def test_sizes_are_those_of_any_result_where_blocks_are_alike(budget: Budget):
+    model = deep()
+    spec = describe(model)
+    like = Depth().sizes_like(spec, budget)
+    found = dict.fromkeys(gone(planned(model, Depth(), budget)), 0)
+    assert like is not None
+    assert len(like) == len(found)
+    assert count_params(spec, like) == count_params(spec, found)
+    assert count_flops(spec, like, context=64) == count_flops(spec, found, context=64)
+    assert kv_cache_bytes(spec, like) == kv_cache_bytes(spec, found)
+    small = apply(deep(), planned(model, Depth(), budget), spec).spec
+    assert count_params(shrunk := describe(shrink(deep(), like))) == count_params(small)
+    assert len(shrunk.axes) <= len(spec.axes)
+
+
+def test_sizes_depend_on_data_where_blocks_differ():
+    spec = describe(deep())
+    assert Depth(units="sublayers").sizes_like(spec, HALF) is None
+    narrow = describe(shrink(deep(), {spec.of_kind("mlp")[0].name: 4}))
+    assert Depth().sizes_like(narrow, HALF) is None
+
+
+@pytest.mark.parametrize("units", ["blocks", "sublayers"])
+@pytest.mark.parametrize("budget", [Budget(keep=0.01, base="blocks"), Budget(widths={"mlp": 8})])
+def test_impossible_budgets_are_refused_before_data_is_read(units: Any, budget: Budget):
+    with pytest.raises(BudgetError):
+        Depth(units=units).widths(describe(deep()), budget)
+    assert Depth(units=units).widths(describe(deep()), HALF) is None

@@ -12,14 +12,14 @@ from torch import Tensor
 
 import tiny
 from interrupted import Killed, killed_at
-from plprune.allocation import GlobalThreshold
+from plprune.allocation import GlobalThreshold, MeasuredLoss, Uniform
 from plprune.budget import Budget
 from plprune.compensate import LeastSquares, MeanBias
 from plprune.describe import describe
 from plprune.drivers.in_memory import prune_model
 from plprune.drivers.job import Job, settings
 from plprune.drivers.one_shot import Done, prune
-from plprune.errors import DataError, ExportError, ModelError, PlanError, PlpruneError
+from plprune.errors import BudgetError, DataError, ExportError, ModelError, PlanError, PlpruneError
 from plprune.export import save_hf
 from plprune.export_depth import Closed
 from plprune.load import load_hf
@@ -30,6 +30,7 @@ from plprune.methods.random import Random
 from plprune.methods.sparsegpt import SparseGPT
 from plprune.methods.transact import TransAct
 from plprune.methods.wanda import Wanda
+from plprune.outliers import OutlierWeighed
 from plprune.streaming.work import Work
 from plprune.surgery.rebuild import structure_of
 from plprune.unwrap import family_of
@@ -37,6 +38,7 @@ from plprune.unwrap import family_of
 HALF = Budget(keep=0.5, base="prunable")
 NARROW = Budget(keep=0.7, base="prunable", multiple_of={"mlp": 4})
 SHALLOW = Budget(keep=0.55, base="blocks")
+TINY = Budget(keep=0.001, base="blocks")
 JOBS: dict[str, dict[str, Any]] = {
     "wanda": {"method": Wanda(), "budget": HALF},
     "sparsegpt": {"method": SparseGPT(true_sequential=True), "budget": HALF},
@@ -228,6 +230,30 @@ def test_nan_is_refused(folder: Path, tmp_path: Path, name: str):
         with pytest.raises(PlanError, match="not finite"):
             prune(job(tmp_path / "broken", tmp_path / "out", name))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [
+        *((TransAct(allocation=a), TINY) for a in (Uniform(), GlobalThreshold(), MeasuredLoss())),
+        (TransAct(allocation=OutlierWeighed()), TINY),
+        (TransAct(allocation=GlobalThreshold()), Budget(widths={"mlp": 8})),
+        (Depth(), TINY),
+        (Depth(units="sublayers", criterion="loss"), TINY),
+        (Depth(), Budget(widths={"mlp": 8})),
+        (Wanda(), Budget(keep=0.001, base="model")),
+    ],
+)
+def test_an_impossible_budget_is_refused_before_any_pass(
+    folder: Path, tmp_path: Path, method: Any, budget: Budget
+):
+    shown: list[str] = []
+    target = tmp_path / "out"
+    wrong = job(folder, target, "flap", method=method, budget=budget, shown=shown.append)
+    with pytest.raises(BudgetError):
+        prune(wrong)
+    assert shown == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_are_readable(folder: Path, tmp_path: Path):
