@@ -27,6 +27,13 @@ def read_config(name: str) -> dict[str, Any]:
     import yaml
 
     path = Path(name).expanduser()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(
+            "a configuration is read more than once, by every process",
+            given=f"{name}, which can be read only once",
+            allowed="a YAML file",
+            fix="write it to a file",
+        )
     try:
         value = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:

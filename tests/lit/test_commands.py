@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -324,6 +325,14 @@ def test_mistakes_in_a_configuration_file_name_the_file(
             read_settings([name], {})
     else:
         assert message.format(name=name) in refused(capsys, command, "--config", name)
+
+
+def test_a_pipe_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert f"given {pipe}, which can be read only once" in refused(
+        capsys, "fit", "--config", str(pipe)
+    )
 
 
 def test_a_misspelled_section_is_not_ignored_by_export(tmp_path: Path) -> None:
