@@ -12,6 +12,7 @@ from plprune.drivers.batches import token_mask
 from plprune.drivers.whole import calibrate, decide
 from plprune.errors import DataError, PlanError
 from plprune.methods.transact import TransAct
+from plprune.progress import silent
 from plprune.streaming.calls import Known, record
 
 BUDGET = Budget(widths={"kv_group": 2, "mlp": 8})
@@ -21,7 +22,7 @@ def padded_right(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 3))
 
 
-def run(model, batches, method=None, progress=None):
+def run(model, batches, method=None, progress=silent):
     return calibrate(model, describe(model), method or TransAct(), batches, progress)
 
 
