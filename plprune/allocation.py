@@ -251,8 +251,9 @@ class MeasuredLoss(Allocation):
 
     def taps(self, spec: Spec, kinds: tuple[str, ...] = ()) -> tuple[Tap, ...]:
         """Losses, for every linear that reads units that can go."""
-        cut = (axis.reader.module for axis in spec.axes.values() if axis.kind in kinds)
-        return tuple(Tap(module=name, stat=LossCurve) for name in dict.fromkeys(cut))
+        axes = (axis for axis in spec.axes.values() if axis.kind in kinds and axis.size)
+        cut = dict.fromkeys(axis.reader.module for axis in axes)
+        return tuple(Tap(module=name, stat=LossCurve) for name in cut)
 
     def sizes(
         self, view: View, budget: Budget, scores: Mapping[str, Tensor], kinds: tuple[str, ...]

@@ -114,7 +114,7 @@ class Depth(Method):
             budget: how much to keep.
 
         Raises:
-            BudgetError: for widths of units, or less than what is left without all that can go.
+            BudgetError: for widths of other things than units, or less than what cannot go.
         """
         units = self.units_of(spec)
         goal = Goal(spec, budget, self.units, units)
