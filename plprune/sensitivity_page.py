@@ -38,7 +38,9 @@ def as_plain(
     """
     rows = []
     for name, (kind, block, curve) in found.items():
-        for units, loss in zip(curve.units_G.tolist(), curve.loss_G.tolist(), strict=True):
+        # Of few units several shares are the same number.
+        losses = dict(zip(curve.units_G.tolist(), curve.loss_G.tolist(), strict=True))
+        for units, loss in losses.items():
             perplexity = math.exp(min(loss / float(curve.n), 700.0))
             rows.append(
                 {
