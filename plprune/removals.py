@@ -56,6 +56,24 @@ class Goal:
             return False
         return self.count is not None or self._price(now) < self._price(gone)
 
+    def first(self, order: Sequence[Unit]) -> list[Unit]:
+        """Units that go if they go in an order, until the budget is met.
+
+        Args:
+            order: all that are there; those that may not go are passed over.
+
+        Raises:
+            BudgetError: if it is not met although nothing more can go.
+        """
+        gone: list[Unit] = []
+        for unit in order:
+            if self.met(gone):
+                break
+            if self.may(gone, unit):
+                gone.append(unit)
+        self.require(gone)
+        return gone
+
     def require(self, gone: Sequence[Unit]) -> None:
         """Refuse a budget that is not met although nothing more can go.
 

@@ -13,6 +13,7 @@ import torch
 from plprune import dist
 from plprune.allocation import Allocation
 from plprune.drivers.blocks import Stream
+from plprune.progress import Shown
 from plprune.streaming.work import Work
 
 
@@ -43,7 +44,7 @@ def noted(
     allocation: Allocation,
     blocks: int,
     stream: Callable[[int], Stream],
-    shown: Callable[[str], Callable[[int, int], None]],
+    shown: Shown,
 ) -> dict[int, float]:
     """What an allocation notes of every block of a folder; a killed run goes on where it was.
 

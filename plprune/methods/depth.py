@@ -117,12 +117,7 @@ class Depth(Method):
             BudgetError: for widths of other things than units, or less than what cannot go.
         """
         units = self.units_of(spec)
-        goal = Goal(spec, budget, self.units, units)
-        gone: list[Unit] = []
-        for unit in units:
-            if goal.may(gone, unit):
-                gone.append(unit)
-        goal.require(gone)
+        Goal(spec, budget, self.units, units).first(units)
         return None
 
     def sizes_like(self, spec: Spec, budget: Budget) -> dict[str, int] | None:
@@ -130,13 +125,7 @@ class Depth(Method):
         units = self.units_of(spec)
         if not alike(spec, units, budget.context):
             return None
-        goal = Goal(spec, budget, self.units, units)
-        gone: list[Unit] = []
-        for unit in reversed(units):
-            if goal.met(gone) or not goal.may(gone, unit):
-                break
-            gone.append(unit)
-        goal.require(gone)
+        gone = Goal(spec, budget, self.units, units).first(units[::-1])
         return {axis.name: 0 for unit in gone for axis in unit}
 
     def towards(self, spec: Spec, budget: Budget, progress: Fraction) -> Budget:
@@ -202,14 +191,7 @@ class Depth(Method):
             influence.append(float(seen.influence))
         # Of equals the lower index stays, as everywhere.
         order = sorted(range(len(units)), key=lambda place: (influence[place], -place))
-        gone: list[Unit] = []
-        for place in order:
-            if goal.met(gone):
-                break
-            if goal.may(gone, units[place]):
-                gone.append(units[place])
-        goal.require(gone)
-        return gone, influence
+        return goal.first([units[place] for place in order]), influence
 
     def _by_loss(
         self, view: View, units: Sequence[Unit], goal: Goal

@@ -134,7 +134,8 @@ class FromFiles(Blocks):
 
     def bias(self, name: str) -> Tensor | None:
         """[R] of one linear, read for the occasion; None without one."""
-        with self._filled([place for place in (f"{name}.bias",) if place in self.places]):
+        place = f"{name}.bias"
+        with self._filled([place] if place in self.places else []):
             return bias_of(self.model.get_submodule(name))
 
     @contextlib.contextmanager
