@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from plprune.describe import describe
 from plprune.dist import together
+from plprune.drivers.progressive import dense_and_now
 from plprune.errors import ConfigError, ExportError
 from plprune.export import save_hf
 from plprune.export_card import CardInfo
@@ -102,7 +103,7 @@ class ExportHF(Callback):
             require_exportable(trainer, unwrap(model), self.directory, self.mode, self._dtype())
             remote = bool(getattr(pl_module, "trust_remote_code", False))
             warn_wider(unwrap(model), self._dtype(), trust_remote_code=remote)
-            self._dense, self._loaded = describe(model), None
+            self._dense, self._loaded = dense_and_now(model)[0], None
             with together():
                 if trainer.is_global_zero:
                     self._loaded = self._tokenizer(trainer, unwrap(model))

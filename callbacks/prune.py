@@ -80,6 +80,7 @@ class Prune(Callback):
         self._length: Length | None = None
         self._watch = Watch()
         self._rng: guard.RandomState | None = None  # where an interrupted run goes on
+        self._recipe: dict[str, Any] | None = None  # what it was asked to do
         self._before_validation: guard.RandomState | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,9 +98,8 @@ class Prune(Callback):
         progressive = self._describe(pl_module)
         if progressive.done == 0 and self.budget is not None:
             self.method.widths(progressive.dense, self.budget)  # raises for an impossible budget
-        carry.carry(
-            trainer, pl_module, "prune", self._save, lambda state: self._load(trainer, state)
-        )
+        load = partial(self._load, trainer)
+        carry.carry(trainer, pl_module, "prune", self._save, load)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Describe the model and print the schedule."""
@@ -117,7 +117,7 @@ class Prune(Callback):
 
     def _start_over(self, pl_module: LightningModule) -> None:
         """Forget an earlier run; of the same model, cuts that were made are not made again."""
-        self._watch, self._rng, self._before_validation = Watch(), None, None
+        self._watch, self._rng, self._recipe, self._before_validation = Watch(), None, None, None
         known = self.progressive
         if known is not None and known.model is not find_model(pl_module, self.attribute):
             self.progressive = known = None
@@ -165,6 +165,7 @@ class Prune(Callback):
         """Make a cut that is due before the first step."""
         if self.method is not None:
             progressive = self._describe(pl_module)
+            warn_changed(self._recipe, self)
             planned.require_ahead(progressive.spec, self.cuts[progressive.done :])
             self._cut_if_due(trainer, pl_module)
 
@@ -200,8 +201,7 @@ class Prune(Callback):
             self._before_validation.restore()
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # global_step moves when an optimizer step is done, so the first batch end that shows it is
-        # a boundary.
+        # global_step moves when an optimizer step is done: the batch end after it is a boundary.
         progressive = self._describe(pl_module)
         while (
             progressive.done < len(self.cuts)
@@ -292,7 +292,7 @@ class Prune(Callback):
     def _load(self, trainer: Trainer, state: dict[str, Any] | None) -> None:
         if state is None:
             return
-        warn_changed(state.get("recipe"), self)
+        self._recipe = state.get("recipe")
         self._rng = guard.RandomState.mine(state["rng"])
         self._watch.restore(state["seen"])
         if "committed" in state:

@@ -14,9 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from plprune import dist
 from plprune.budget import is_whole
 from plprune.callbacks.export import require_writable
-from plprune.count import Tally, tally
+from plprune.count import Tally, tally, tally_dense
 from plprune.describe import describe
 from plprune.dist import together
+from plprune.drivers.progressive import dense_and_now
 from plprune.errors import ConfigError
 from plprune.evaluate import PerplexityResult, perplexity
 from plprune.lit import carry, guard, measured, outputs, progress, protocol
@@ -113,7 +114,8 @@ class PruneReport(Callback):
         if self._known:
             self._log |= {key: known[key] for key in ("dense", "samples")}
         else:
-            self._dense = tally(model, describe(model), context=self.context)
+            dense, now = dense_and_now(model)
+            self._dense = tally_dense(model, now, dense, context=self.context)
         carry.carry(trainer, pl_module, "report", self._save, self._load)
 
     def _goes_on(self, trainer: Trainer, model: Any) -> bool:
@@ -126,6 +128,8 @@ class PruneReport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the dense model first."""
         self._started = time.perf_counter()
+        # Weights of a checkpoint are there, or will be: not the dense model's.
+        self._resumed = self._resumed or trainer.ckpt_path is not None
         if self._resumed or self._known:
             return
         self._log["dense"] = self._score(trainer, pl_module, "dense perplexity")
@@ -194,7 +198,7 @@ class PruneReport(Callback):
             cuts=() if progressive is None else measured.cut_records(progressive, seconds),
             curves=measured.curves(self._log["loss"], self._log["val"]),
             samples=self._samples(trainer, pl_module),
-            notes=("The run was resumed; shares of time are not known.",) if self._resumed else (),
+            notes=measured.notes(self._log["dense"], after) if self._resumed else (),
         )
 
     def _score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Collection, Mapping
 
@@ -56,10 +57,12 @@ def fixed_widths(spec: Spec, budget: Budget) -> Widths:
     for field, kinds in (("widths", budget.widths), ("multiple_of", budget.multiple_of)):
         for kind in kinds:
             if kind not in spec.kinds():
+                near = difflib.get_close_matches(kind, spec.kinds(), n=1)
                 raise BudgetError(
                     f"unknown axis kind budget.{field}.{kind}",
                     given=kind,
                     allowed=", ".join(spec.kinds()),
+                    fix=f"did you mean {near[0]}?" if near else "name one that the model has",
                 )
     for kind, given in budget.widths.items():
         have = units_per_group(spec, kind)

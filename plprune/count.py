@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -210,6 +210,32 @@ def tally(model: nn.Module, spec: Spec, *, context: int = 2048) -> Tally:
         formats=" and ".join(sorted(formats)),
         adapter_params=adapters,
         context=context,
+    )
+
+
+def tally_dense(model: nn.Module, spec: Spec, dense: Spec, *, context: int = 2048) -> Tally:
+    """Count the model that another was made from, as if its tensors were there.
+
+    Args:
+        model: the model `spec` describes.
+        spec: its spec.
+        dense: of what it was before units were cut; `spec` itself for a model that was not cut.
+        context: context length for FLOPs.
+
+    Returns:
+        Its numbers; bytes are those of the tensors that are there and, for the rest, of as many
+        parameters in the number format of the linears.
+    """
+    now = tally(model, spec, context=context)
+    params = count_params(dense)
+    linear = unwrap(model).get_submodule(next(iter(spec.linears)))
+    width = next(linear.parameters()).element_size()
+    return replace(
+        now,
+        params=params,
+        flops=count_flops(dense, context=context),
+        kv_cache=kv_cache_bytes(dense),
+        bytes=now.bytes + round(params.model - now.params.model) * width,
     )
 
 

@@ -46,6 +46,20 @@ def remember_dense(model: nn.Module, dense: Spec, physical: Spec) -> None:
     setattr(model, _DENSE, (dense, physical))
 
 
+def dense_and_now(model: nn.Module) -> tuple[Spec, Spec]:
+    """What a model was before it was built smaller, and what its tensors are.
+
+    Args:
+        model: plain or wrapped model.
+
+    Returns:
+        Spec of its base and its own; the same where `remember_dense` noted nothing of it.
+    """
+    found = describe(model)
+    dense, physical = getattr(unwrap(model), _DENSE, (found, found))
+    return (dense, physical) if physical.blocks == found.blocks else (found, found)
+
+
 class Progressive:
     """The pruning state of one model during a run."""
 
@@ -56,11 +70,9 @@ class Progressive:
             model: dense language model as it hangs in the user's module.
         """
         self.model = model
-        found = describe(model)
-        dense, physical = getattr(unwrap(model), _DENSE, (found, found))
-        known = physical.blocks == found.blocks
-        self.dense: Spec = dense if known else found
-        self.physical: Spec = physical if known else found
+        dense, physical = dense_and_now(model)
+        self.dense: Spec = dense
+        self.physical: Spec = physical
         """The tensors as they are."""
         self.spec: Spec = self.physical
         """The model as it computes: masked units do not count."""

@@ -153,8 +153,17 @@ class LitTokens(LightningDataModule):
 
     def train_dataloader(self) -> TokenLoader:
         """Batches in a seeded order per epoch; resumes where a checkpoint left it."""
+        loader = self._new_loader()
+        if self._loader is not None:  # reload_dataloaders_every_n_epochs
+            self._position = self._loader.state_dict()
+        if self._position is not None:
+            loader.load_state_dict(self._position)
+        self._loader, self._position = loader, None
+        return loader
+
+    def _new_loader(self) -> TokenLoader:
         rank, world = self._rank_and_world()
-        loader = TokenLoader(
+        return TokenLoader(
             self.training().blocks,
             self.batch_size,
             seed=self.corpus.seed,
@@ -162,12 +171,6 @@ class LitTokens(LightningDataModule):
             world_size=world,
             progress=None if self.trainer is None else self._progress,
         )
-        if self._loader is not None:  # reload_dataloaders_every_n_epochs
-            self._position = self._loader.state_dict()
-        if self._position is not None:
-            loader.load_state_dict(self._position)
-        self._loader, self._position = loader, None
-        return loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The windows in order; without `val`, no loader in `fit`. Each process takes its share."""
@@ -272,7 +275,7 @@ class LitTokens(LightningDataModule):
         """Go to a saved position.
 
         Raises:
-            CheckpointError: it is inside an epoch over other training blocks.
+            CheckpointError: it is inside an epoch over other training blocks, or other batches.
         """
         if self._training is None or self._measures():
             return
@@ -287,6 +290,7 @@ class LitTokens(LightningDataModule):
             )
         # The loader is there already if the learning-rate schedule asked for the number of steps.
         if self._loader is None:
+            self._new_loader().load_state_dict(position)  # raises now, not when all is restored
             self._position = position
         else:
             self._loader.load_state_dict(position)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -232,3 +232,20 @@ def card(trainer: Trainer, base_model: str, pruner: Any, report: Any) -> dict[st
                 "dense_perplexity": score.dense,
             }
     return values
+
+
+def notes(dense: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """What the report of a resumed run does not know.
+
+    Args:
+        dense: what was measured of the dense model; None: nothing.
+        after: of the pruned model; None: there is no validation text.
+    """
+    found = ["The run was resumed; shares of time are not known."]
+    if dense is None and after is not None:
+        text = f"{after['perplexity']:.3f} on {after['protocol']['source']}"
+        found.append(
+            "The checkpoint holds no report, so the dense model was not measured; perplexity of "
+            f"the pruned one: {text}."
+        )
+    return tuple(found)

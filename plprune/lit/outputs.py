@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from plprune.errors import CheckpointError, ConfigError
+from plprune.lit import guard
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,29 @@ def require_last(trainer: Trainer, callback: Callback, *, after: str = "merge_at
         )
 
 
+def require_all_cuts(trainer: Trainer) -> None:
+    """Refuse to end a run whose schedule has cuts that will never come.
+
+    Args:
+        trainer: all its steps are done.
+
+    Raises:
+        CheckpointError: if cuts are left; only another length or schedule than the checkpoint's
+            leaves some.
+    """
+    pruner = guard.pruner_of(trainer)
+    done = 0 if pruner is None else pruner.progressive.done
+    if pruner is not None and done < len(pruner.cuts):
+        raise CheckpointError(
+            "the run has no step left for its cuts",
+            given=f"{done} of {len(pruner.cuts)} cuts in the checkpoint of step "
+            f"{trainer.global_step}, trainer.max_steps {trainer.max_steps}, max_epochs "
+            f"{trainer.max_epochs}",
+            allowed="a run that is longer than its checkpoint, or that has made all cuts",
+            fix="set the length and the schedule of the run the checkpoint is from",
+        )
+
+
 def end_complete_runs(trainer: Trainer) -> None:
     """Let a run that has no step left do what comes after training, instead of nothing.
 
@@ -103,6 +127,7 @@ def end_complete_runs(trainer: Trainer) -> None:
                 "is: plprune export --ckpt_path FILE --out DIR",
             )
         else:
+            require_all_cuts(trainer)
             log.info(
                 "all %d steps are done: what comes after training follows", trainer.global_step
             )

@@ -13,7 +13,7 @@ def recipe_of(pruner: Any) -> dict[str, Any]:
     """Settings that decide what is cut, and when.
 
     Args:
-        pruner: the `Prune` callback.
+        pruner: the `Prune` callback, its cuts planned.
 
     Returns:
         Texts and plain values by name.
@@ -25,6 +25,7 @@ def recipe_of(pruner: Any) -> dict[str, Any]:
         "schedule": repr(pruner.schedule),
         "commit": str(pruner.commit),
         "optimizer_state": pruner.optimizer_state,
+        "steps": [cut.step for cut in pruner.cuts],
     }
 
 
@@ -33,15 +34,15 @@ def warn_changed(saved: Mapping[str, Any] | None, pruner: Any) -> None:
 
     Args:
         saved: from `recipe_of`, in the checkpoint; None in checkpoints that do not say.
-        pruner: of the resumed run.
+        pruner: of the resumed run, its cuts planned.
     """
     now = recipe_of(pruner)
     for name, value in (saved or {}).items():
         if name in now and now[name] != value:
             log.warning(
-                "prune.%s is not that of the checkpoint: %s now, %s then; the cuts that are left "
-                "follow the new one",
-                name,
+                "%s not that of the checkpoint: %s now, %s then; the cuts that are left follow "
+                "the new one",
+                "the timing of the cuts is" if name == "steps" else f"prune.{name} is",
                 now[name],
                 value,
             )

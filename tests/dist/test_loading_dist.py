@@ -1,5 +1,6 @@
 """FSDP2 and ZeRO-3 read a model straight into their shards, at the size a checkpoint left it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import fitting
 import strategy_runs as runs
 import tiny
-from plprune.callbacks import LoRARecovery
+from plprune.callbacks import LoRARecovery, PruneReport, SizeMonitor
 from plprune.lit import model as lit_model
 from plprune.lit.loader import TokenLoader
 from plprune.lit.model import LearningRate, LitCausalLM
@@ -121,11 +122,17 @@ def test_a_checkpoint_is_loaded_at_its_size(
     """Cuts at steps 2, 5 and 8; resumed at 6, nothing is cut but what is due."""
     folder = base(tmp_path / "base")
     adapter: type[Adapter] = FSDP2 if name == "fsdp2" else ZeROAdapter
+    measured: list[str] = []
+    monkeypatch.setattr(PruneReport, "_score", lambda *given: measured.append(given[-1]))
+
+    def noted(report: str) -> tuple[SizeMonitor, PruneReport]:
+        return SizeMonitor(), PruneReport(str(tmp_path / report), prompts=[], measure_speed=False)
 
     def first() -> Any:
         seen = Losses()
         saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=6, save_top_k=-1)
-        run(name, 3, folder, [*make(), saver, seen], enable_checkpointing=True)
+        callbacks = [*make(), *noted("first"), saver, seen]
+        run(name, 3, folder, callbacks, enable_checkpointing=True)
         return seen.values
 
     uninterrupted = run_ranks(first, 3)
@@ -141,13 +148,18 @@ def test_a_checkpoint_is_loaded_at_its_size(
     monkeypatch.setattr(lit_model, "load_hf", refuse)
 
     def again() -> Any:
-        seen = Losses()
-        run(name, 3, folder, [*make(), seen], ckpt_path=str(checkpoint))
-        return seen.values, list(made)
+        seen, monitor = Losses(), SizeMonitor()
+        callbacks = [*make(), *noted("again"), monitor, seen]
+        run(name, 3, folder, callbacks, ckpt_path=str(checkpoint))
+        return seen.values, list(made), monitor.current, measured
 
-    for before, (values, cuts) in zip(uninterrupted, run_ranks(again, 3), strict=True):
+    for before, (values, cuts, kept, scores) in zip(uninterrupted, run_ranks(again, 3), strict=True):
         assert cuts == [8], "the structure of the checkpoint was there from the start"
         assert fitting.gap(values, before[6:]) < 1e-5, "float32"
+        assert kept["params_kept_blocks"] < 0.8, "of the dense model, not of the checkpoint's"
+        assert scores == ["pruned perplexity"], "the dense model is not there to be measured"
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("first", "again")]
+    assert reports[1]["sizes"] == reports[0]["sizes"]
 
 
 @dividing

@@ -15,6 +15,7 @@ import tiny
 from plprune.callbacks import LoRARecovery
 from plprune.lit.cli import main
 from plprune.errors import CheckpointError
+from plprune.lit.readable import require_readable
 from plprune.lit.saved import open_saved
 from plprune.lit.saved import zero as zero_folder
 from plprune.lit.strategies import fsdp2
@@ -191,8 +192,7 @@ def test_an_incomplete_folder_is_refused(
     large.write_bytes(content[: len(content) // 2])
     assert f"the checkpoint is incomplete: given {path} (" in said()
     large.unlink()
-    lacks = "lacks files of some ranks" if name == "zero3" else "the checkpoint is incomplete"
-    assert lacks in said()
+    assert f"the checkpoint is incomplete: given {path} (no {large.name}" in said()
     large.write_bytes(content)
     weights = "*rank_1*model_states.pt" if name == "zero3" else ".metadata"
     for file in (next(path.rglob(weights)), path / ("plprune.pt" if name == "zero3" else "meta.pt")):
@@ -207,12 +207,17 @@ def test_an_incomplete_folder_is_refused(
     assert "the checkpoint is not complete" in said()
 
 
-@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
 def test_a_damaged_folder_is_not_resumed(name: str, tmp_path: Path):
     """Found by its sizes, before anything is built for it."""
     path = start(name, 2, tmp_path, callbacks=pruned)
-    large = max(path.rglob("*1*optim_states.pt" if name == "zero3" else "__1_0.distcp"))
-    large.write_bytes(large.read_bytes()[:1000])
+    large = max(path.rglob("*1*optim_states.pt" if name != "fsdp2" else "__1_0.distcp"))
+    require_readable(path)
+    content = large.read_bytes()
+    for spoil in (lambda: large.write_bytes(content[:1000]), large.unlink):
+        spoil()
+        with pytest.raises(CheckpointError, match="the checkpoint is incomplete"):
+            require_readable(path)
     with pytest.raises(RankError) as stopped:
         run(name, 2, ckpt_path=path, callbacks=pruned)
     assert str(stopped.value).count("CheckpointError: the checkpoint is incomplete") == 2

@@ -97,6 +97,30 @@ def test_a_checkpoint_past_the_end_of_a_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_a_run_that_has_no_step_left_for_its_cuts_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cuts at steps 0, 6 and 11 of 12; the same schedule in a run of 6 steps ends at step 5."""
+    schedule = Linear(cuts=3, begin=0, end=0.9, unit="fraction")
+    saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=6, save_top_k=-1)
+    fit(User(dtype=torch.float32), [saver, prune(schedule)], enable_checkpointing=True)
+    middle = next((tmp_path / "ckpt").glob("*step=6.ckpt"))
+    callbacks = [prune(schedule), ExportHF(str(tmp_path / "model"), tokenizer="none")]
+    with pytest.raises(
+        CheckpointError, match=r"given 2 of 3 cuts in the checkpoint of step 6, tra"
+    ):
+        fit(User(dtype=torch.float32), callbacks, ckpt_path=middle, max_steps=6)
+    assert not (tmp_path / "model").exists()
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        fit(User(dtype=torch.float32), callbacks, ckpt_path=middle, max_steps=7)
+    assert "the timing of the cuts is not that of the checkpoint: [0, 3, 6] now, [0, 6, 1" in (
+        caplog.text
+    )
+    assert (tmp_path / "model").exists()
+
+
 def test_an_export_wider_than_its_base_is_announced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -563,6 +563,18 @@ def test_other_data_in_the_middle_of_an_epoch_are_refused(data: LitTokens):
         data.load_state_dict({"train_sha256": "0" * 64, "position": inside})
 
 
+def test_other_batches_in_the_middle_of_an_epoch_are_refused_at_once(data: LitTokens):
+    """Before the run is set up, also where nobody has asked for the loader yet."""
+    data.setup("fit")
+    data.train_dataloader()
+    state = data.state_dict()
+    more = {**state["position"], "global_batch": state["position"]["global_batch"] + 1}
+    data._loader = None
+    data.load_state_dict({**state, "position": more})  # at the start of an epoch
+    with pytest.raises(CheckpointError, match="the position in the training data cannot be rest"):
+        data.load_state_dict({**state, "position": {**more, "batch": 1}})
+
+
 def test_the_command_line_builds_it(tokenizer: str):
     from jsonargparse import ArgumentParser
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from plprune.errors import ConfigError
 from plprune.lit.strategies.usable import require_elementwise, require_engine, require_known
@@ -45,6 +46,15 @@ def test_names_that_are_refused(name: str):
         require_known(name)
 
 
-@pytest.mark.parametrize("name", ["auto", "ddp", "fsdp2", "zero3"])
-def test_names_that_are_not(name: str):
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp_spawn", "ddp_fork_find_unused_parameters_true", DDPStrategy(start_method="spawn")],
+)
+def test_processes_that_are_children_are_refused(strategy: Any):
+    with pytest.raises(ConfigError, match="a model cut in a child process cannot come back"):
+        require_known(strategy)
+
+
+@pytest.mark.parametrize("name", ["auto", "ddp", "fsdp2", "zero3", DDPStrategy()])
+def test_names_that_are_not(name: Any):
     require_known(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from plprune.errors import CheckpointError, first_line
 from plprune.lit.folders import PARTS_FILE
 from plprune.lit.saved.fsdp2 import META
-from plprune.lit.saved.zero import INSIDE, files
+from plprune.lit.saved.zero import INSIDE, files, processes
 
 _INDEX, _PIECES = ".metadata", "*.distcp"
 
@@ -35,11 +35,18 @@ def _require_zero(path: Path) -> None:
     for file in (*models, *others, path / PARTS_FILE):
         if file.exists():
             _require_end(path, file)
+    if not models or not others:
+        raise _damaged(path, f"no file of {'optimizers' if models else 'weights'}")
     ranks = {_rank(file, "model_states") for file in models if file.name.startswith("zero_pp")}
+    states = {_rank(file, "optim_states") for file in others}
     # Stages 1 and 2 have one file of weights for all, under another name.
-    lacking = sorted({_rank(file, "optim_states") for file in others} - ranks) if ranks else []
-    if lacking:
-        raise _damaged(path, f"no {lacking[0]}model_states.pt")
+    differ = sorted(ranks ^ states) if ranks else []
+    if differ:
+        kind = "optim" if differ[0] in ranks else "model"
+        raise _damaged(path, f"no {differ[0]}{kind}_states.pt")
+    world = processes(others[0])
+    if len(states) != world:
+        raise _damaged(path, f"optimizer files of {len(states)} of {world} processes")
 
 
 def _rank(file: Path, kind: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plprune.errors import CheckpointError
+from plprune.errors import CheckpointError, ConfigError, first_line
 from plprune.lit.folders import PARTS_FILE
 from plprune.lit.saved.state import SavedState, unpickled
 
@@ -234,10 +234,28 @@ def files(path: Path, kind: str) -> list[Path]:
     return sorted(found, key=lambda file: [int(n) for n in file.name.split("_") if n.isdigit()])
 
 
+def processes(file: Path) -> int:
+    """How many processes wrote a folder.
+
+    Args:
+        file: with `optim_states` of any of them.
+    """
+    parts = _load(file)["optimizer_state_dict"]["partition_count"]
+    return int(parts[0] if isinstance(parts, (list, tuple)) else parts)
+
+
 def _load(file: Path) -> Any:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError as error:
+        raise ConfigError(
+            "a checkpoint of DeepSpeed cannot be read without it",
+            given=f"{file} ({first_line(error)})",
+            allowed="an environment with DeepSpeed",
+            fix='pip install "plprune[deepspeed]"',
+        ) from error
 
     classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     return unpickled(file, [*classes, (_member, "builtins.getattr")])

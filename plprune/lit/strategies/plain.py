@@ -30,16 +30,9 @@ class DDP(SingleDevice):
     """The same on every process, with the wrapper off: its reducer hangs at the old tensors."""
 
     def prepare(self, trainer: Trainer) -> None:
-        """Refuse averaging of whole models, and children that keep the cut model to themselves."""
+        """Refuse averaging of whole models."""
         strategy = trainer.strategy
         assert isinstance(strategy, DDPStrategy), "chosen by `adapter_for`"
-        if strategy._start_method != "popen":
-            raise ConfigError(
-                "a model cut in a child process cannot come back",
-                given=f"DDP that starts processes with {strategy._start_method}",
-                allowed="strategy: ddp, torchrun, or srun",
-                fix="set trainer.strategy: ddp",
-            )
         if getattr(strategy, "_model_averaging_period", None) is not None:
             raise ConfigError(
                 "model averaging cannot run together with pruning",

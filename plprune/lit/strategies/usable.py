@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 
 from plprune.errors import ConfigError
 
 NAMES = ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
 """Strategies a run can have."""
+_CHILDREN = ("ddp_spawn", "ddp_fork", "ddp_notebook")
+"""How names of DDP begin that starts its processes as children of the script's own."""
 
 
 def require_known(strategy: Any) -> None:
@@ -41,6 +48,14 @@ def require_known(strategy: Any) -> None:
             given=f"trainer.strategy: {name}",
             allowed="FSDP2, which does the same",
             fix="--config configs/strategies/fsdp2.yaml",
+        )
+    starts = getattr(strategy, "_start_method", "") if isinstance(strategy, DDPStrategy) else ""
+    if name.startswith(_CHILDREN) or starts not in ("", "popen"):
+        raise ConfigError(
+            "a model cut in a child process cannot come back",
+            given=f"trainer.strategy: {name}" + (f" with start_method {starts}" if starts else ""),
+            allowed="ddp, torchrun, or srun",
+            fix="--config configs/strategies/ddp.yaml",
         )
 
 
