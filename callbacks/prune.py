@@ -23,6 +23,7 @@ from plprune.lit.prune_settings import require_choices
 from plprune.lit.recipe import recipe_of, warn_changed
 from plprune.lit.recut import commit_masked, late_cut, require_cuttable, write_weights
 from plprune.lit.strategies import adapter_for
+from plprune.lit.trainable import require_trainable
 from plprune.lit.watch import Watch, require_observable
 from plprune.methods.base import Method
 from plprune.plan import Plan
@@ -105,14 +106,15 @@ class Prune(Callback):
         """Describe the model and print the schedule."""
         if self.method is None:
             return
-        guard.require_same(pl_module, self._describe(pl_module).model, self.attribute)
+        progressive = self._describe(pl_module)
+        guard.require_same(pl_module, progressive.model, self.attribute)
+        require_trainable(trainer, self.method, progressive.spec)
         require_cuttable(trainer, reset=self.optimizer_state == "reset")
-        cuts, dense = self.plan_cuts(trainer, pl_module), self._describe(pl_module).dense
-        planned.announce(dense, self.budget, cuts)
+        planned.announce(progressive.dense, self.budget, self.plan_cuts(trainer, pl_module))
         masked = not planned.commits_all(self.commit, len(self.cuts))
         guard.refuse_dora(pl_module, masked=masked, refitted=isinstance(self.method, Compensated))
         if self.method.order == "blocks":
-            blockwise.require_no_adapters(self._describe(pl_module), len(self.cuts))
+            blockwise.require_no_adapters(progressive, len(self.cuts))
         self.statistics.require_before(self.cuts[0].step)
 
     def _start_over(self, pl_module: LightningModule) -> None:
@@ -203,11 +205,9 @@ class Prune(Callback):
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # global_step moves when an optimizer step is done: the batch end after it is a boundary.
         progressive = self._describe(pl_module)
-        while (
-            progressive.done < len(self.cuts)
-            and trainer.global_step >= self.cuts[progressive.done].step
-        ):
-            self._cut(trainer, progressive, self.cuts[progressive.done])
+        for cut in self.cuts[progressive.done :]:
+            if trainer.global_step >= cut.step:
+                self._cut(trainer, progressive, cut)
 
     def _cut(self, trainer: Trainer, progressive: Progressive, cut: Cut) -> None:
         assert self.method is not None, "checked by the caller"

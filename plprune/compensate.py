@@ -26,6 +26,11 @@ class Compensation(ABC):
     stat: ClassVar[type[Stat]]
     """What it must know of the inputs of a linear that loses some of them."""
 
+    @property
+    def gives_biases(self) -> bool:
+        """Whether linears without bias get one, which a model that is trained cannot take."""
+        return False
+
     @abstractmethod
     def solve(
         self, weight_RC: Tensor, bias_R: Tensor | None, seen: Stat, keep_C: Tensor
@@ -118,6 +123,11 @@ class LeastSquares(Compensation):
                 "compensation.ridge is out of range", given=str(self.ridge), allowed="above 0"
             )
 
+    @property
+    def gives_biases(self) -> bool:
+        """See `add_bias`."""
+        return self.add_bias
+
     def solve(
         self, weight_RC: Tensor, bias_R: Tensor | None, seen: Stat, keep_C: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -143,6 +153,11 @@ class MeanBias(Compensation):
     """
 
     stat: ClassVar[type[Stat]] = Moments
+
+    @property
+    def gives_biases(self) -> bool:
+        """Always: the mean has to go somewhere."""
+        return True
 
     def solve(
         self, weight_RC: Tensor, bias_R: Tensor | None, seen: Stat, keep_C: Tensor

@@ -88,15 +88,24 @@ def setting_of(method: StructuredMethod, compensation: Compensation | None) -> S
     )
 
 
+def needs_complete(what: str) -> ConfigError:
+    """What to say of a look at the model that strategies with divided weights do not allow.
+
+    Args:
+        what: is looked at.
+    """
+    return ConfigError(
+        f"{what} need complete weights",
+        given="a strategy that divides the weights",
+        allowed="strategy: auto, ddp, zero1 or zero2",
+        fix="use one of those, or prune the folder first: plprune prune",
+    )
+
+
 @contextlib.contextmanager
 def _held(model: nn.Module, spec: Spec, what: str) -> Iterator[Held]:
     if any_sharded(model.parameters()):
-        raise ConfigError(
-            f"{what} need complete weights",
-            given="a strategy that divides the weights",
-            allowed="strategy: auto, ddp, zero1 or zero2",
-            fix="use one of those, or prune the folder first: plprune prune",
-        )
+        raise needs_complete(what)
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         source = Held(model)
         source.spec = spec

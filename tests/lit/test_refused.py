@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 import fitting
 import tiny
 from fitting import User, fit, hashes, prune
+from plprune.allocation import MeasuredLoss
 from plprune.budget import Budget
 from plprune.callbacks import (
     ExportHF,
@@ -27,6 +28,8 @@ from plprune.callbacks import (
     SizeMonitor,
     Statistics,
 )
+from plprune.compensate import Compensation, LeastSquares, MeanBias
+from plprune.describe import describe
 from plprune.errors import (
     BudgetError,
     ConfigError,
@@ -38,6 +41,9 @@ from plprune.errors import (
 from plprune.lit import guard
 from plprune.lit.model import LearningRate, LitCausalLM
 from plprune.lit.strategies import adapter_for
+from plprune.lit.strategies.fully_shard import FullyShard
+from plprune.lit.trainable import require_trainable
+from plprune.methods.taylor import Taylor
 from plprune.methods.transact import TransAct
 from plprune.schedule import Length, Linear
 
@@ -67,6 +73,29 @@ def test_callbacks_that_keep_copies(make: Any, name: str) -> None:
         "exported model"
     )
     assert module.losses == []
+
+
+@pytest.mark.parametrize("compensation", [MeanBias(), LeastSquares(add_bias=True)])
+def test_biases_that_nobody_has_are_refused_before_anything_is_looked_at(
+    compensation: Compensation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Statistics, "share_for", lambda *_: pytest.fail("looked at the model"))
+    pruner = prune(compensation=compensation)
+    with pytest.raises(ConfigError, match=r"gives linears a bias.* and .*o_proj without bias; al"):
+        fit(User(), [pruner])
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [(Taylor(), "gradients"), (TransAct(allocation=MeasuredLoss()), "losses of single cuts")],
+)
+def test_looks_that_need_complete_weights(method: Any, what: str) -> None:
+    spec = describe(tiny.model("llama-gqa"))
+    made = fitting.trainer(strategy=FullyShard(), devices=1)
+    with pytest.raises(ConfigError, match=rf"{what}.* need complete weights: given a strategy"):
+        require_trainable(made, method, spec)
+    require_trainable(fitting.trainer(), method, spec)
+    require_trainable(made, TransAct(), spec)
 
 
 def test_two_pruners_are_refused() -> None:

@@ -1,0 +1,50 @@
+"""Methods and compensations that work on files, but not on a model while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import Trainer
+
+from plprune.compensate import Compensation
+from plprune.drivers.compensated import parts
+from plprune.drivers.looks import needs_complete
+from plprune.errors import ConfigError
+from plprune.lit.strategies import divides
+from plprune.methods.base import Method
+from plprune.spec import Spec
+
+
+def require_trainable(trainer: Trainer, method: Method, spec: Spec) -> None:
+    """Refuse what would fail at the first cut, before anything is measured.
+
+    Args:
+        trainer: with its strategy.
+        method: as `Prune` holds it, with its compensation.
+        spec: the model.
+
+    Raises:
+        ConfigError: if the method needs complete weights and the strategy divides them, or if the
+            compensation gives linears a bias that have none.
+    """
+    if divides(trainer.strategy):
+        stats = {tap.stat for tap in method.taps(spec)}
+        if any(stat.backward for stat in stats):
+            raise needs_complete("gradients of single blocks")
+        if any(stat.measured for stat in stats):
+            raise needs_complete("losses of single cuts")
+    compensation = parts(method)[1]
+    if compensation is not None and compensation.gives_biases:
+        seen = {tap.module for tap in method.taps(spec) if tap.stat is compensation.stat}
+        _require_biases(compensation, spec, [name for name in spec.consumers() if name in seen])
+
+
+def _require_biases(compensation: Compensation, spec: Spec, consumers: Sequence[str]) -> None:
+    without = [name for name in consumers if not spec.linears[name].bias]
+    if without:
+        raise ConfigError(
+            "this compensation gives linears a bias, which a model that is trained cannot take",
+            given=f"{type(compensation).__name__}, and {without[0]} without bias",
+            allowed="plprune.compensate.LeastSquares without add_bias",
+            fix="choose that one, or cut before training: plprune prune",
+        )
