@@ -2,7 +2,8 @@
 # python3 (3.10 to 3.13) with pip and venv.
 #
 #   make quickstart          prune a small real model on the CPU
-#   make test                the whole CPU test suite
+#   make test                the CPU test suite
+#   make test-slow           the tests that take minutes and 10 GiB each
 #   make venv PYTHON=python3.12 VENV=.venv312     another Python, beside the first
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WHEEL_VENV := $(VENV)-wheel
 
-.PHONY: venv quickstart test coverage lint format format-check types clean
+.PHONY: venv quickstart test test-slow coverage lint format format-check types clean
 
 venv: $(STAMP)
 
@@ -37,7 +38,10 @@ quickstart: venv
 	$(BIN)/python -m plprune.quickstart
 
 test: venv
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+
+test-slow: venv
+	$(BIN)/pytest -m slow
 
 # One process: lines reached in the children of a test are counted, those of test workers are not.
 coverage: venv

@@ -193,7 +193,6 @@ def test_the_transact_recipe_is_the_published_one(recipe: dict[str, Any]) -> Non
     assert last["kv_cache_bytes_per_token"] == 96 * 1024
 
 
-@pytest.mark.slow
 def test_the_70b_recipe_fits(capsys: pytest.CaptureFixture[str]) -> None:
     name = str(ROOT / "recipes" / "transact_llama2_70b_zero3.yaml")
     assert main(["plan", "--config", name, "--json", "-"]) == 0

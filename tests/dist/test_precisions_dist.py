@@ -83,7 +83,6 @@ compiles = pytest.mark.skipif(
 
 
 @compiles
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_deepspeeds_own_adam_is_cut_like_torchs(name: str, monkeypatch: pytest.MonkeyPatch):
     def cpu_adam(module: Any) -> Any:

@@ -13,8 +13,6 @@ from plprune import masks
 from plprune.lit.model import LearningRate, LitCausalLM
 from plprune.schedule import OneShot
 
-pytestmark = pytest.mark.slow  # graphs are captured again after every cut
-
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Any:
