@@ -206,16 +206,20 @@ class SparseMethod(Method):
         groups = self.groups
         return None if groups is None else Budget(keep=groups[0] / groups[1], base="prunable")
 
-    def check_budget(self, spec: Spec, budget: Budget) -> None:
-        """Refuse a budget this method cannot meet.
+    def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]] | None:
+        """None: zeros leave all widths.
+
+        Args:
+            spec: the model.
+            budget: how much to keep.
 
         Raises:
-            BudgetError: saying why.
+            BudgetError: for a budget this method cannot meet.
         """
         groups = self.groups
         if groups is None:
             drops(spec, budget)
-            return
+            return None
         n, m = groups
         if budget.keep is None or abs(budget.keep - n / m) > 1e-9 or budget.base != "prunable":
             raise BudgetError(
@@ -232,6 +236,7 @@ class SparseMethod(Method):
                 allowed=f"multiples of {m}",
                 fix="choose another pattern",
             )
+        return None
 
     def planned(self, view: View, budget: Budget, edits: tuple[Edit, ...]) -> Plan:
         """The plan with these edits."""

@@ -74,10 +74,7 @@ def prune(job: Job) -> Done:
         source = FromFiles(model, places, dtype=job.dtype, device=job.device)
     dense, calibration = source.spec, calibration_hash(job.batches)
     with dist.together():
-        if isinstance(job.method, SparseMethod):
-            job.method.check_budget(dense, job.budget)
-        else:
-            job.method.widths(dense, job.budget)  # refuses what cannot be met
+        job.method.widths(dense, job.budget)  # refuses what cannot be met
         work = Work(job.target, settings(job, dense, calibration))
     run = _Run(job=job, source=source, dense=dense, work=work, calibration=calibration)
     source.keep_with(run.keep)

@@ -166,6 +166,6 @@ def test_patterns_that_are_none_are_refused(kind: type[SparseMethod], pattern: s
 def test_a_pattern_refuses_another_budget_and_odd_widths(kind: type[SparseMethod]):
     spec = describe(tiny.model("llama-gqa"))
     with pytest.raises(BudgetError, match="budget of its own"):
-        kind(pattern="2:4").check_budget(spec, Budget(keep=0.6, base="prunable"))
+        kind(pattern="2:4").widths(spec, Budget(keep=0.6, base="prunable"))
     with pytest.raises(BudgetError, match="does not fit the model"):
-        kind(pattern="4:16").check_budget(spec, Budget(keep=0.25, base="prunable"))
+        kind(pattern="4:16").widths(spec, Budget(keep=0.25, base="prunable"))

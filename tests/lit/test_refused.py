@@ -45,6 +45,7 @@ from plprune.lit.strategies.fully_shard import FullyShard
 from plprune.lit.trainable import require_trainable
 from plprune.methods.taylor import Taylor
 from plprune.methods.transact import TransAct
+from plprune.methods.wanda import Wanda
 from plprune.schedule import Length, Linear
 
 
@@ -391,12 +392,22 @@ def test_impossible_settings(make: Any, error: type[Exception], message: str) ->
     assert str(caught.value) == message
 
 
-def test_impossible_budgets_are_refused_before_training() -> None:
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [
+        (TransAct(), Budget(keep=0.01)),
+        (TransAct(), Budget(widths={"kv_group": 9})),
+        (Wanda(), Budget(keep=0.5, of="flops")),
+        (Wanda(pattern="2:4"), Budget(keep=0.6, base="prunable")),
+    ],
+)
+def test_impossible_budgets_are_refused_before_training(
+    method: Any, budget: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = User()
+    monkeypatch.setattr(Statistics, "share_for", lambda *_: pytest.fail("looked at the model"))
     with pytest.raises(BudgetError):
-        fit(module, [prune(budget=Budget(keep=0.01))])
-    with pytest.raises(BudgetError):
-        fit(module, [prune(budget=Budget(widths={"kv_group": 9}))])
+        fit(module, [prune(method=method, budget=budget)])
     assert module.losses == []
 
 
