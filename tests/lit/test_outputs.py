@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -167,6 +168,30 @@ def test_report_numbers_are_those_of_the_tensors(text: Path, tmp_path: Path) -> 
     kept = report["layers"][1]["kept"]
     assert kept["mlp"] == module.net.model.layers[1].mlp.up_proj.out_features
     assert report["samples"][0]["prompt"] == "the cat"
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_a_checkpoint_without_a_report_has_no_dense_model_to_measure(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there when it is resumed is the pruned, trained model."""
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=6)
+    more: dict[str, Any] = {"enable_checkpointing": True, "data": tokens(text), "max_steps": 9}
+    fit(Named(), [prune(), saver], **more)
+    (middle,) = (tmp_path / "ckpt").glob("*.ckpt")
+    own, measured = PruneReport._score, []
+
+    def noted(self: Any, *given: Any) -> Any:
+        measured.append(given[-1])
+        return own(self, *given)
+
+    monkeypatch.setattr(PruneReport, "_score", noted)
+    report = PruneReport(str(tmp_path / "report"), prompts=[], measure_speed=False)
+    fit(Named(), [prune(), report], ckpt_path=middle, data=tokens(text), max_steps=9)
+    assert measured == ["pruned perplexity"]
+    written = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
+    assert written["perplexity"] == []
+    assert "holds no report, so the dense model was not measured; perplex" in written["notes"][1]
 
 
 def test_protocol_is_enough_to_repeat_the_run(
