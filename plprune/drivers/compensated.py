@@ -11,7 +11,8 @@ import torch
 from plprune import dist
 from plprune.budget import Budget
 from plprune.compensate import Compensation
-from plprune.errors import ConfigError
+from plprune.count import price
+from plprune.errors import BudgetError, ConfigError
 from plprune.methods.base import Method, View
 from plprune.plan import Plan, Write
 from plprune.spec import Spec
@@ -54,15 +55,13 @@ class Compensated(Method):
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """What the method needs, and a statistic of every input it can take units from."""
-        selects = self.method.taps(spec)
-        seen = {tap.module for tap in selects}
-        every = spec.consumers()
-        looked_at = [name for name in every if name in seen] or every
-        return (*selects, *(Tap(module=n, stat=self.compensation.stat) for n in looked_at))
+        looked_at = _consumers(self.method, spec)
+        own = (Tap(module=name, stat=self.compensation.stat) for name in looked_at)
+        return (*self.method.taps(spec), *own)
 
     def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]] | None:
         """Those of the method."""
-        return self.method.widths(spec, budget)
+        return self.method.widths(spec, less_biases(spec, self.method, self.compensation, budget))
 
     def sizes_like(self, spec: Spec, budget: Budget) -> dict[str, int] | None:
         """Those of the method."""
@@ -75,7 +74,8 @@ class Compensated(Method):
 
     def plan(self, view: View, budget: Budget) -> Plan:
         """The method's plan, and a `Write` for every linear that loses inputs."""
-        plan = self.method.plan(view, budget)
+        left = less_biases(view.spec, self.method, self.compensation, budget)
+        plan = replace(self.method.plan(view, left), asked=budget)
         edits = (*plan.edits, *self._writes(view, plan))
         return replace(plan, edits=edits, method=self.label, hyper=self.hyper())
 
@@ -101,6 +101,45 @@ class Compensated(Method):
                 weight=dist.sent(new_weight.to(exact), owner),
                 bias=None if new_bias is None else dist.sent(new_bias.to(exact), owner),
             )
+
+
+def _consumers(method: Method, spec: Spec) -> list[str]:
+    """Linears that a method takes inputs from, as far as it says."""
+    seen, every = {tap.module for tap in method.taps(spec)}, spec.consumers()
+    return [name for name in every if name in seen] or list(every)
+
+
+def less_biases(
+    spec: Spec, method: Method, compensation: Compensation | None, budget: Budget
+) -> Budget:
+    """A budget less the biases that a compensation adds, so that the result stays within it.
+
+    Args:
+        spec: the model.
+        method: selects.
+        compensation: follows.
+        budget: of the result.
+
+    Returns:
+        The budget of the selection: every consumer without bias may get one.
+
+    Raises:
+        BudgetError: if biases alone exceed the budget.
+    """
+    counts = budget.keep is not None and budget.keep < 1 and budget.of == "params"
+    if compensation is None or not compensation.gives_biases or not counts:
+        return budget
+    assert budget.keep is not None, "just looked at"
+    linears = [spec.linears[name] for name in _consumers(method, spec)]
+    biases = sum(linear.rows for linear in linears if not linear.bias)
+    left = budget.keep - biases / float(price(spec, budget))
+    if left <= 0:
+        raise BudgetError(
+            "the biases of the compensation alone exceed the budget",
+            given=f"keep {budget.keep} of {budget.base}, {biases} biases",
+            fix="raise budget.keep, or choose a compensation that adds none",
+        )
+    return replace(budget, keep=left)
 
 
 def parts(method: Method) -> tuple[Method, Compensation | None]:

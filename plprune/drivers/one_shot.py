@@ -11,9 +11,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from plprune import dist
+from plprune.budget import Budget
 from plprune.drivers.batches import calibration_hash, empty_calibration
 from plprune.drivers.blocks import Stream, begin, budget_of, prune_block
 from plprune.drivers.carried import by_block, carry_out, observe_whole
+from plprune.drivers.compensated import less_biases
 from plprune.drivers.job import Job, settings
 from plprune.drivers.looks import costs, setting_of
 from plprune.drivers.noted import noted
@@ -74,7 +76,7 @@ def prune(job: Job) -> Done:
         source = FromFiles(model, places, dtype=job.dtype, device=job.device)
     dense, calibration = source.spec, calibration_hash(job.batches)
     with dist.together():
-        job.method.widths(dense, job.budget)  # refuses what cannot be met
+        job.method.widths(dense, _of_selection(job, dense))  # refuses what cannot be met
         work = Work(job.target, settings(job, dense, calibration))
     run = _Run(job=job, source=source, dense=dense, work=work, calibration=calibration)
     source.keep_with(run.keep)
@@ -84,6 +86,11 @@ def prune(job: Job) -> Done:
         run.whole()
     facts = [work.facts(number) for number in range(len(source))]
     return Done(source=source, dense=dense, work=work, facts=facts, calibration=calibration)
+
+
+def _of_selection(job: Job, spec: Spec) -> Budget:
+    """The budget, less what the compensation will add."""
+    return less_biases(spec, job.method, job.compensation, job.budget)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -184,7 +191,8 @@ class _Run:
             calibration=self.calibration,
             losses=self._losses,
         )
-        plan = dist.agree(method.plan(view, self.job.budget))
+        plan = method.plan(view, _of_selection(self.job, source.spec))
+        plan = dist.agree(replace(plan, asked=self.job.budget))
         vars(self).pop("_held", None)
         with dist.together():
             if dist.rank() == 0:

@@ -9,12 +9,16 @@ from torch import nn
 
 import oracles
 import tiny
+from plprune.allocation import GlobalThreshold
 from plprune.budget import Budget
-from plprune.compensate import LeastSquares
+from plprune.compensate import Compensation, LeastSquares, MeanBias
+from plprune.count import count_params
 from plprune.describe import describe
+from plprune.drivers import compensated
 from plprune.drivers.compensated import Compensated
-from plprune.errors import PlanError
+from plprune.errors import BudgetError, PlanError
 from plprune.lora import inject
+from plprune.methods.base import Method
 from plprune.methods.transact import TransAct
 from plprune.plan import Keep, Plan, Write
 from plprune.stats.gram import Gram
@@ -215,3 +219,45 @@ def test_bfloat16_weights_get_rounded_values_and_stay_bfloat16():
     assert {edit.weight.dtype for edit in writes if edit.weight is not None} == {torch.float32}
     apply(model, plan, describe(tiny.model(dtype=torch.bfloat16)))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("base", ["prunable", "blocks", "non_embedding", "model"])
+@pytest.mark.parametrize("compensation", [MeanBias(), LeastSquares(add_bias=True)])
+def test_biases_that_are_added_are_paid_for(compensation: Compensation, base: Any):
+    keep = 0.97 if base == "model" else 0.7
+    budget = Budget(keep=keep, base=base, multiple_of={"mlp": 1})
+
+    def left(method: Method) -> float:
+        model = tiny.model("llama-gqa")
+        dense = count_params(describe(model)).of(base)
+        plan = oracles.plan_by(method, model, budget)
+        assert plan.asked == budget
+        return count_params(apply(model, plan, describe(model)).spec).of(base) / dense
+
+    method = TransAct(allocation=GlobalThreshold())
+    found = left(Compensated(method=method, compensation=compensation))
+    # Linears that lose nothing got no bias: some of the budget may be left, less than a unit more.
+    assert keep - 0.03 < found <= keep
+    assert left(method) <= keep
+
+
+def test_biases_that_are_not_paid_for_are_noticed(monkeypatch: pytest.MonkeyPatch):
+    """The test above sees them: this many exceed a budget that is met to the last unit."""
+    monkeypatch.setattr(compensated, "less_biases", lambda *given: given[-1])
+    model, small = tiny.model("llama-gqa"), tiny.model("llama-gqa")
+    spec = describe(model)
+    apply(small, oracles.plan_by(MLP, small, BUDGET), spec)
+    most = count_params(describe(small)).prunable
+    budget = Budget(
+        keep=most / count_params(spec).prunable, base="prunable", multiple_of={"mlp": 1}
+    )
+    method = Compensated(method=MLP, compensation=MeanBias())
+    found = apply(model, oracles.plan_by(method, model, budget), spec).spec
+    assert count_params(found).prunable > most
+
+
+def test_a_budget_below_the_biases():
+    spec = describe(tiny.model("llama-gqa"))
+    method = Compensated(method=MLP, compensation=MeanBias())
+    with pytest.raises(BudgetError, match="the biases of the compensation alone exceed the budget"):
+        method.widths(spec, Budget(keep=1e-4, base="prunable"))
