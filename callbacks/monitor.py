@@ -7,11 +7,10 @@ from typing import Any, final
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from plprune.count import Tally, tally, tally_dense
+from plprune.count import Tally, tally
 from plprune.describe import describe
-from plprune.drivers.progressive import dense_and_now
 from plprune.errors import ConfigError
-from plprune.lit import guard
+from plprune.lit import guard, measured
 from plprune.unwrap import find_model, unwrap
 
 
@@ -51,8 +50,7 @@ class SizeMonitor(Callback):
         model = unwrap(find_model(pl_module, self.attribute))
         if self._model is not model:
             self._model, self._seen = model, None
-            dense, now = dense_and_now(model)
-            self.dense = tally_dense(model, now, dense, context=self.context)
+            self.dense = measured.dense_tally(model, self.context)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -14,10 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from plprune import dist
 from plprune.budget import is_whole
 from plprune.callbacks.export import require_writable
-from plprune.count import Tally, tally, tally_dense
+from plprune.count import Tally, tally
 from plprune.describe import describe
 from plprune.dist import together
-from plprune.drivers.progressive import dense_and_now
 from plprune.errors import ConfigError
 from plprune.evaluate import PerplexityResult, perplexity
 from plprune.lit import carry, guard, measured, outputs, progress, protocol
@@ -114,8 +113,7 @@ class PruneReport(Callback):
         if self._known:
             self._log |= {key: known[key] for key in ("dense", "samples")}
         else:
-            dense, now = dense_and_now(model)
-            self._dense = tally_dense(model, now, dense, context=self.context)
+            self._dense = measured.dense_tally(model, self.context)
         carry.carry(trainer, pl_module, "report", self._save, self._load)
 
     def _goes_on(self, trainer: Trainer, model: Any) -> bool:

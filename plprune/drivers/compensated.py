@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,9 +55,9 @@ class Compensated(Method):
 
     def taps(self, spec: Spec) -> tuple[Tap, ...]:
         """What the method needs, and a statistic of every input it can take units from."""
-        looked_at = _consumers(self.method, spec)
-        own = (Tap(module=name, stat=self.compensation.stat) for name in looked_at)
-        return (*self.method.taps(spec), *own)
+        selects = self.method.taps(spec)
+        looked_at = _consumers(selects, spec)
+        return (*selects, *(Tap(module=n, stat=self.compensation.stat) for n in looked_at))
 
     def widths(self, spec: Spec, budget: Budget) -> dict[str, list[int]] | None:
         """Those of the method."""
@@ -103,10 +103,24 @@ class Compensated(Method):
             )
 
 
-def _consumers(method: Method, spec: Spec) -> list[str]:
-    """Linears that a method takes inputs from, as far as it says."""
-    seen, every = {tap.module for tap in method.taps(spec)}, spec.consumers()
+def _consumers(selects: Iterable[Tap], spec: Spec) -> list[str]:
+    """Linears that a method takes inputs from, as far as its taps say."""
+    seen, every = {tap.module for tap in selects}, spec.consumers()
     return [name for name in every if name in seen] or list(every)
+
+
+def new_biases(spec: Spec, method: Method, compensation: Compensation | None) -> list[str]:
+    """Linears without bias that a compensation may give one.
+
+    Args:
+        spec: the model.
+        method: selects.
+        compensation: follows.
+    """
+    if compensation is None or not compensation.gives_biases:
+        return []
+    found = _consumers(method.taps(spec), spec)
+    return [name for name in found if not spec.linears[name].bias]
 
 
 def less_biases(
@@ -126,12 +140,11 @@ def less_biases(
     Raises:
         BudgetError: if biases alone exceed the budget.
     """
-    counts = budget.keep is not None and budget.keep < 1 and budget.of == "params"
-    if compensation is None or not compensation.gives_biases or not counts:
+    if budget.keep is None or budget.keep == 1 or budget.of != "params":
         return budget
-    assert budget.keep is not None, "just looked at"
-    linears = [spec.linears[name] for name in _consumers(method, spec)]
-    biases = sum(linear.rows for linear in linears if not linear.bias)
+    biases = sum(spec.linears[name].rows for name in new_biases(spec, method, compensation))
+    if not biases:
+        return budget
     left = budget.keep - biases / float(price(spec, budget))
     if left <= 0:
         raise BudgetError(

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import nn
 
-from plprune.count import Tally, count_flops, count_params
-from plprune.drivers.progressive import Progressive
+from plprune.count import Tally, count_flops, count_params, tally_dense
+from plprune.drivers.progressive import Progressive, dense_and_now
 from plprune.lit.protocol import run_seed
 from plprune.plots import Curve, LayerWidths, ScoreSummary
 from plprune.report_parts import CutRecord, SizePair, SpeedPair
@@ -42,6 +43,17 @@ def sizes(dense: Tally, now: Tally) -> dict[str, SizePair]:
         dense=dense.kv_cache, pruned=now.kv_cache, note="bfloat16"
     )
     return pairs
+
+
+def dense_tally(model: nn.Module, context: int) -> Tally:
+    """Counts of the model a run starts from, also where it was built smaller for a checkpoint.
+
+    Args:
+        model: the run's, before its first step.
+        context: context length for FLOPs.
+    """
+    dense, now = dense_and_now(model)
+    return tally_dense(model, now, dense, context=context)
 
 
 def layers(progressive: Progressive) -> tuple[LayerWidths, ...]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lightning.pytorch import Trainer
 
-from plprune.compensate import Compensation
-from plprune.drivers.compensated import parts
+from plprune.drivers.compensated import new_biases, parts
 from plprune.drivers.looks import needs_complete
 from plprune.errors import ConfigError
 from plprune.lit.strategies import divides
@@ -33,14 +30,8 @@ def require_trainable(trainer: Trainer, method: Method, spec: Spec) -> None:
             raise needs_complete("gradients of single blocks")
         if any(stat.measured for stat in stats):
             raise needs_complete("losses of single cuts")
-    compensation = parts(method)[1]
-    if compensation is not None and compensation.gives_biases:
-        seen = {tap.module for tap in method.taps(spec) if tap.stat is compensation.stat}
-        _require_biases(compensation, spec, [name for name in spec.consumers() if name in seen])
-
-
-def _require_biases(compensation: Compensation, spec: Spec, consumers: Sequence[str]) -> None:
-    without = [name for name in consumers if not spec.linears[name].bias]
+    selects, compensation = parts(method)
+    without = new_biases(spec, selects, compensation)
     if without:
         raise ConfigError(
             "this compensation gives linears a bias, which a model that is trained cannot take",
