@@ -92,12 +92,7 @@ class ExportHF(Callback):
             outputs.end_complete_runs(trainer)
             with together():
                 if trainer.is_global_zero:
-                    require_writable(
-                        self.directory,
-                        overwrite=self.overwrite,
-                        ours=lambda names: STRUCTURE_FILE in names,
-                        key="export.overwrite: true",
-                    )
+                    self.require_target(trainer)
             guard.ensure_model(pl_module)
             model = find_model(pl_module, self.attribute)
             require_exportable(trainer, unwrap(model), self.directory, self.mode, self._dtype())
@@ -107,6 +102,16 @@ class ExportHF(Callback):
             with together():
                 if trainer.is_global_zero:
                     self._loaded = self._tokenizer(trainer, unwrap(model))
+
+    def require_target(self, trainer: Trainer) -> None:
+        """Refuse a folder that is there or cannot be made."""
+        del trainer
+        require_writable(
+            self.directory,
+            overwrite=self.overwrite,
+            ours=lambda names: STRUCTURE_FILE in names,
+            key="export.overwrite: true",
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, unless the run was interrupted."""

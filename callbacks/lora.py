@@ -25,7 +25,7 @@ from plprune.lora_config import (
     require_same_adapters,
     require_whole,
 )
-from plprune.lora_files import adapter_state, save_adapter
+from plprune.lora_files import adapter_state, holds, save_adapter
 from plprune.sharded import any_sharded
 from plprune.unwrap import find_model, unwrap
 
@@ -94,13 +94,9 @@ class LoRARecovery(Callback):
             outputs.require_apart(trainer)
             outputs.end_complete_runs(trainer)
         with together():
-            if stage == "fit" and self.adapter_dir is not None and trainer.is_global_zero:
-                require_writable(
-                    self.adapter_dir,
-                    overwrite=self.overwrite,
-                    ours=lambda names: "adapter_config.json" in names,
-                    key="lora.overwrite: true",
-                )
+            early = trainer.ckpt_path or not self._has_adapters()  # see `on_fit_start`
+            if stage == "fit" and trainer.is_global_zero and early:
+                self.require_target(trainer)
         guard.ensure_model(pl_module)
         model = unwrap(find_model(pl_module, self.attribute))
         if self.injected is not None and self.injected.model is not model:
@@ -123,6 +119,31 @@ class LoRARecovery(Callback):
                 )
             if self.start == "fit":
                 self._inject(pl_module)
+
+    def require_target(self, trainer: Trainer) -> None:
+        """Refuse a folder that is there or cannot be made; a run's own adapters may be there.
+
+        Args:
+            trainer: with the path of the checkpoint it goes on from.
+        """
+        if self.adapter_dir is None or (self._has_adapters() and outputs.only_ends(trainer)):
+            return  # compared with the run's when they are to be written
+        require_writable(
+            self.adapter_dir,
+            overwrite=self.overwrite,
+            ours=lambda names: "adapter_config.json" in names,
+            key="lora.overwrite: true",
+        )
+
+    def _has_adapters(self) -> bool:
+        there = self.adapter_dir and (self.adapter_dir / "adapter_config.json").is_file()
+        return bool(there) and not self.overwrite
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look again at a folder with adapters: the path of a script's checkpoint is known now."""
+        with together():
+            if trainer.is_global_zero:
+                self.require_target(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Inject if the last cut was made before the first step."""
@@ -194,7 +215,7 @@ class LoRARecovery(Callback):
         if self.adapter_dir is not None:
             spec, tensors = describe(self.injected.model), adapter_state(self.injected.model)
             with together():
-                if trainer.is_global_zero:
+                if trainer.is_global_zero and not holds(self.adapter_dir, spec, tensors):
                     save_adapter(
                         self.injected, self.adapter_dir, spec, tensors, overwrite=self.overwrite
                     )

@@ -52,10 +52,10 @@ class SizeMonitor(Callback):
             self._model, self._seen = model, None
             self.dense = measured.dense_tally(model, self.context)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Log; counts again only after a cut."""
+        """Log the size a step is made at, beside its loss; counts again only after a cut."""
         if self.dense is None:
             return
         mark = self._mark(trainer)

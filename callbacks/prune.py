@@ -22,9 +22,10 @@ from plprune.lit import blockwise, carry, guard, lost, progress
 from plprune.lit.prune_settings import require_choices
 from plprune.lit.recipe import recipe_of, warn_changed
 from plprune.lit.recut import commit_masked, late_cut, require_cuttable, write_weights
-from plprune.lit.strategies import adapter_for
+from plprune.lit.strategies import adapter_for, divides
 from plprune.lit.trainable import require_trainable
 from plprune.lit.watch import Watch, require_observable
+from plprune.lora import any_dora
 from plprune.methods.base import Method
 from plprune.plan import Plan
 from plprune.schedule import Length, OneShot, Phase, Schedule
@@ -99,8 +100,7 @@ class Prune(Callback):
         progressive = self._describe(pl_module)
         if progressive.done == 0 and self.budget is not None:
             self.method.widths(progressive.dense, self.budget)  # raises for an impossible budget
-        load = partial(self._load, trainer)
-        carry.carry(trainer, pl_module, "prune", self._save, load)
+        carry.carry(trainer, pl_module, "prune", self._save, partial(self._load, trainer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Describe the model and print the schedule."""
@@ -108,11 +108,11 @@ class Prune(Callback):
             return
         progressive = self._describe(pl_module)
         guard.require_same(pl_module, progressive.model, self.attribute)
-        require_trainable(trainer, self.method, progressive.spec)
+        require_trainable(self.method, progressive.spec, divided=divides(trainer.strategy))
         require_cuttable(trainer, reset=self.optimizer_state == "reset")
         planned.announce(progressive.dense, self.budget, self.plan_cuts(trainer, pl_module))
-        masked = not planned.commits_all(self.commit, len(self.cuts))
-        guard.refuse_dora(pl_module, masked=masked, refitted=isinstance(self.method, Compensated))
+        if any_dora(pl_module):
+            guard.refuse_dora(self.method, self.commit, len(self.cuts))
         if self.method.order == "blocks":
             blockwise.require_no_adapters(progressive, len(self.cuts))
         self.statistics.require_before(self.cuts[0].step)

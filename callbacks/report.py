@@ -20,9 +20,9 @@ from plprune.dist import together
 from plprune.errors import ConfigError
 from plprune.evaluate import PerplexityResult, perplexity
 from plprune.lit import carry, guard, measured, outputs, progress, protocol
-from plprune.report import Report
-from plprune.report_html import FILES, write
-from plprune.report_parts import Sample, Score, SpeedPair
+from plprune.report import Report, same_run
+from plprune.report_html import FILES, read, write
+from plprune.report_parts import Sample, SpeedPair
 from plprune.sharded import any_sharded
 from plprune.spec import Spec
 from plprune.timing import greedy_samples, speed
@@ -100,13 +100,8 @@ class PruneReport(Callback):
         outputs.require_apart(trainer)
         outputs.end_complete_runs(trainer)
         with together():
-            if trainer.is_global_zero:
-                require_writable(
-                    self.directory,
-                    overwrite=self.overwrite,
-                    ours=lambda names: names <= set(FILES),
-                    key="report.overwrite: true",
-                )
+            if trainer.is_global_zero and (trainer.ckpt_path or not read(self.directory)):
+                self.require_target(trainer)  # a script's path is not known before `on_fit_start`
         guard.ensure_model(pl_module)
         model, known = find_model(pl_module, self.attribute), self._log
         self._log, self._resumed, self._known = _fresh(), False, self._goes_on(trainer, model)
@@ -115,6 +110,21 @@ class PruneReport(Callback):
         else:
             self._dense = measured.dense_tally(model, self.context)
         carry.carry(trainer, pl_module, "report", self._save, self._load)
+
+    def require_target(self, trainer: Trainer) -> None:
+        """Refuse a folder that is there or cannot be made; a run's own report may be there.
+
+        Args:
+            trainer: with the path of the checkpoint it goes on from.
+        """
+        if not self.overwrite and read(self.directory) and outputs.only_ends(trainer):
+            return  # compared with the run's when that is complete
+        require_writable(
+            self.directory,
+            overwrite=self.overwrite,
+            ours=lambda names: names <= set(FILES),
+            key="report.overwrite: true",
+        )
 
     def _goes_on(self, trainer: Trainer, model: Any) -> bool:
         """Whether the model was cut by an earlier fit of these callbacks, which saw it dense."""
@@ -125,6 +135,9 @@ class PruneReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the dense model first."""
+        with together():
+            if trainer.is_global_zero:
+                self.require_target(trainer)
         self._started = time.perf_counter()
         # Weights of a checkpoint are there, or will be: not the dense model's.
         self._resumed = self._resumed or trainer.ckpt_path is not None
@@ -157,6 +170,10 @@ class PruneReport(Callback):
         after = self._score(trainer, pl_module, "pruned perplexity")
         self.report = self._build(trainer, pl_module, after, seconds)
         if trainer.is_global_zero:
+            there = None if self.overwrite else read(self.directory)
+            if there is not None and same_run(there, self.report):
+                log.info("the report of this run is there already: %s", self.directory)
+                return
             path = write(self.report, self.directory, overwrite=self.overwrite)
             log.info("report: %s", path / "report.html")
 
@@ -189,7 +206,9 @@ class PruneReport(Callback):
             protocol=protocol.protocol(trainer, pl_module, after),
             config=protocol.config_of(trainer),
             sizes=measured.sizes(self._dense, tally(model, spec, context=self.context)),
-            perplexity=_scores(self._log["dense"], after, trained=trainer.global_step > 0),
+            perplexity=measured.perplexities(
+                self._log["dense"], after, trained=trainer.global_step > 0
+            ),
             speed=self._speed(trainer, pl_module, model, spec),
             layers=() if progressive is None else measured.layers(progressive),
             scores=() if progressive is None else measured.scores(progressive),
@@ -273,14 +292,3 @@ class PruneReport(Callback):
 
 def _fresh() -> dict[str, Any]:
     return {"loss": [], "val": [], "dense": None, "samples": []}
-
-
-def _scores(
-    dense: dict[str, Any] | None, after: dict[str, Any] | None, *, trained: bool
-) -> tuple[Score, ...]:
-    if dense is None or after is None:
-        return ()
-    value = after["perplexity"]
-    name = str(after["protocol"]["source"])
-    score = {"recovered": value} if trained else {"cut": value}
-    return (Score(data=name, dense=dense["perplexity"], **score),)

@@ -97,17 +97,16 @@ def require_whole(model: nn.Module, settings: Mapping[str, Any], *, divided: boo
     Raises:
         ConfigError: naming the settings.
     """
-    reads = settings.get("use_dora") or settings.get("init_lora_weights", True) not in (
-        *(True, False),
-        "gaussian",
-    )
+    reads = [f"use_dora: {settings['use_dora']}"] if settings.get("use_dora") else []
+    start = settings.get("init_lora_weights", True)
+    reads += [] if start in (True, False, "gaussian") else [f"init_lora_weights: {start}"]
     if reads and (divided or any_sharded(model.parameters())):
         raise ConfigError(
             "these adapters need complete weights",
-            given=f"use_dora: {settings.get('use_dora', False)}, "
-            f"init_lora_weights: {settings.get('init_lora_weights', True)}, weights divided",
-            allowed="LoRA with init_lora_weights true or gaussian, or strategy: ddp",
-            fix="change lora.config",
+            given=f"{', '.join(reads)}, and a strategy that divides the weights (zero3, fsdp2)",
+            allowed="LoRA with init_lora_weights true, false or gaussian; or one device, ddp, "
+            "zero1, zero2",
+            fix="change lora.config or trainer.strategy",
         )
 
 

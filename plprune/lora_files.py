@@ -91,6 +91,28 @@ def save_adapter(
     return directory
 
 
+def holds(directory: Path, spec: Spec, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder has just these adapters, from an earlier `save_adapter`.
+
+    Args:
+        directory: perhaps with adapters.
+        spec: of the model as it is.
+        tensors: from `adapter_state`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+            names = set(file.keys())
+            return (
+                (file.metadata() or {}).get(HASH_KEY) == structure_hash(spec)
+                and names == set(tensors)
+                and all(torch.equal(file.get_tensor(name), tensors[name]) for name in names)
+            )
+    except (OSError, SafetensorError):
+        return False
+
+
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Adapter tensors under the names peft uses on disk.
 

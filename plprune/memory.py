@@ -30,6 +30,7 @@ from plprune.errors import ConfigError
 from plprune.memory_phase import Cutting, Phase, Step
 from plprune.memory_shared import SHARDED, pieces
 from plprune.memory_trace import fake_copy
+from plprune.progress import Progress, silent
 from plprune.spec import Spec
 from plprune.stats.base import Tap
 from plprune.unwrap import few_logits
@@ -106,13 +107,16 @@ class Stages:
     """The first cut happens before the first step: nothing is trained at the dense size."""
 
 
-def estimate(stages: Stages, setup: Setup, statistics: int = 0) -> tuple[Phase, ...]:
+def estimate(
+    stages: Stages, setup: Setup, statistics: int = 0, progress: Progress = silent
+) -> tuple[Phase, ...]:
     """Peak memory of every phase of a run.
 
     Args:
         stages: its models.
         setup: how it computes.
         statistics: bytes of a calibration pass, see `statistics_bytes`.
+        progress: told after every pass that was traced; for 80 layers each takes half a minute.
 
     Returns:
         Phases load, observe, cut, train, train_pruned and export, for one process that holds
@@ -121,11 +125,15 @@ def estimate(stages: Stages, setup: Setup, statistics: int = 0) -> tuple[Phase, 
     trained = stages.first if stages.at_start else stages.dense
     load = Phase(name="load", weights=_bytes(_tensors(stages.dense)))
     train = training(trained, setup)
+    progress(1, 4)
     pruned = train if stages.last is trained else training(stages.last, setup)
+    progress(2, 4)
     # Gradients stay until the next backward pass, so they are still there when a cut is made.
     held = replace(load if stages.at_start else train, activations=0, step=None)
     looks = observing(stages.dense, setup, logits=False)
+    progress(3, 4)
     probe = observing(stages.dense, setup, logits=True)
+    progress(4, 4)
     return (
         load,
         replace(held, name="observe", activations=looks, statistics=statistics),

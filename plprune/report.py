@@ -90,6 +90,36 @@ class Report:
         return cast("Report", decode(cls, body, (), odd))
 
 
+def same_run(written: Report, again: Report) -> bool:
+    """Whether a report is that of a run whose end is done again.
+
+    Args:
+        written: by the run, before it was interrupted.
+        again: by the same run, from its last checkpoint; a validation after that may be missing.
+
+    Returns:
+        True if base model, method, budget, widths, plans of all cuts, and what was noted of the
+        training are the same; what was measured at the end may differ by rounding.
+    """
+    told = [
+        (r.base_model, r.method, r.asked, r.got, r.layers, [(c.step, c.plan_hash) for c in r.cuts])
+        for r in (written, again)
+    ]
+    noted = {
+        curve.name: list(zip(curve.step, curve.value, strict=True)) for curve in written.curves
+    }
+    return told[0] == told[1] and all(
+        len(noted.get(curve.name, ())) >= len(curve.step)
+        and all(
+            step == number and math.isclose(value, there, rel_tol=1e-6)
+            for step, value, (number, there) in zip(
+                curve.step, curve.value, noted[curve.name], strict=False
+            )
+        )
+        for curve in again.curves
+    )
+
+
 def ratio(after: float | None, before: float | None) -> float | None:
     """Divide two measurements; None when one is missing or the base is zero."""
     return None if after is None or not before else after / before

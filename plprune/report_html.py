@@ -157,6 +157,21 @@ def _config(report: Report) -> str:
     return f"<section>{body}</section>" if report.config else ""
 
 
+def read(directory: Path) -> Report | None:
+    """The report in a folder.
+
+    Args:
+        directory: perhaps one that `write` made.
+
+    Returns:
+        The report; None if there is none of this version.
+    """
+    try:
+        return Report.from_json(json.loads((directory / "report.json").read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write(report: Report, directory: str | Path, overwrite: bool = False) -> Path:
     """Write report.html, report.json and report.md; a new directory appears complete or not at all.
 

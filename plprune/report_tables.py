@@ -100,7 +100,7 @@ def kinds(report: Report) -> dict[str, str]:
 
 
 def _cuts(cuts: Sequence[CutRecord]) -> Rows:
-    widths = [(_per_group(cut.before), _per_group(cut.after)) for cut in cuts]
+    widths = [(per_group(cut.before), per_group(cut.after)) for cut in cuts]
     axes = dict.fromkeys(kind for pair in widths for side in pair for kind in side)
     if all(before.get(INNER) == after.get(INNER) for before, after in widths):
         axes.pop(INNER, None)  # only a plan that cuts inside KV groups gives it a column
@@ -115,8 +115,12 @@ def _cuts(cuts: Sequence[CutRecord]) -> Rows:
     return rows
 
 
-def _per_group(widths: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Widths with the query heads of a KV group, as budgets count them, instead of all."""
+def per_group(widths: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Widths with the query heads of a KV group, as budgets count them, instead of all.
+
+    Args:
+        widths: axis kind -> units of every block.
+    """
     shown = dict(widths)
     if INNER in shown and "kv_group" in shown:
         pairs = zip(shown[INNER], shown["kv_group"], strict=False)

@@ -25,13 +25,16 @@ FILES = ("sensitivity.html", "sensitivity.json")
 
 
 def as_plain(
-    found: Mapping[str, tuple[str, int, LossCurve]], protocol: Mapping[str, Any]
+    found: Mapping[str, tuple[str, int, LossCurve]],
+    protocol: Mapping[str, Any],
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Numbers of a measurement.
 
     Args:
         found: axis name -> kind, block, losses.
         protocol: how it was measured, plain values.
+        sizes: axis name -> its units; where rounding left all of them, nothing was cut.
 
     Returns:
         The protocol, the dense perplexity, and a row for every axis and width.
@@ -41,6 +44,8 @@ def as_plain(
         # Of few units several shares are the same number.
         losses = dict(zip(curve.units_G.tolist(), curve.loss_G.tolist(), strict=True))
         for units, loss in losses.items():
+            if units == (sizes or {}).get(name):
+                continue
             perplexity = math.exp(min(loss / float(curve.n), 700.0))
             rows.append(
                 {

@@ -88,15 +88,16 @@ def setting_of(method: StructuredMethod, compensation: Compensation | None) -> S
     )
 
 
-def needs_complete(what: str) -> ConfigError:
+def needs_complete(what: str, method: str = "the method") -> ConfigError:
     """What to say of a look at the model that strategies with divided weights do not allow.
 
     Args:
         what: is looked at.
+        method: looks.
     """
     return ConfigError(
         f"{what} need complete weights",
-        given="a strategy that divides the weights",
+        given=f"{method} and a strategy that divides the weights (zero3, fsdp2)",
         allowed="strategy: auto, ddp, zero1 or zero2",
         fix="use one of those, or prune the folder first: plprune prune",
     )

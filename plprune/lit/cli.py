@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import signal
 import sys
@@ -16,14 +15,13 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from plprune import dist
 from plprune.callbacks import ExportHF, LoRARecovery, Prune, PruneReport, SizeMonitor
 from plprune.callbacks.export import require_root
 from plprune.errors import ConfigError, PlpruneError, first_line
-from plprune.lit import logs, lost
+from plprune.lit import logs, lost, outputs, preflight
 from plprune.lit.config_files import require_configs
 from plprune.lit.data import LitTokens
 from plprune.lit.messages import is_first_process, is_refused_value, known_keys, ours, readable
@@ -31,11 +29,12 @@ from plprune.lit.model import LitCausalLM
 from plprune.lit.progress import with_progress
 from plprune.lit.readable import require_readable
 from plprune.lit.run_config import RunConfig
+from plprune.lit.run_parts import run_of
 from plprune.lit.strategies import deepspeed
 from plprune.lit.strategies.usable import (
     NAMES,
-    require_known,
     require_one_dimension,
+    require_settings,
     require_started,
 )
 
@@ -103,11 +102,16 @@ class PlpruneCLI(LightningCLI):
             require_readable(path)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Let the trainer know the checkpoint now: a model is built at the size it has there."""
+        """Tell the trainer the checkpoint, whose size a model is built at; look before a fit."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         path = kwargs.get("ckpt_path")
         if path and Path(path).exists():
             self.trainer.ckpt_path = kwargs.pop("ckpt_path")
+        if subcommand == "fit":
+            run = run_of(self.config_init.fit, self.config.fit.trainer)
+            preflight.require_possible(self.trainer, run)
+            if is_first_process():
+                outputs.keep_metrics(self.trainer)
         return kwargs
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -143,7 +147,10 @@ class PlpruneCLI(LightningCLI):
         ]
         present = [callback for callback in extra if callback is not None]
         own = config.get("callbacks") or []
-        _require_usable(config)
+        require_settings(config)
+        root = config.get("default_root_dir")
+        if root is not None and "://" not in str(root):
+            require_root(Path(root).expanduser())
         config["callbacks"] = []
         callbacks = [*present, *(own if isinstance(own, list) else [own])]
         shown = config.get("enable_progress_bar")
@@ -166,33 +173,6 @@ class PlpruneCLI(LightningCLI):
                 if "deepspeed" in str(error).lower()
                 else "see configs/strategies",
             ) from error
-
-
-def _require_usable(trainer: dict[str, Any]) -> None:
-    """Refuse settings of the trainer on which Lightning itself would stumble."""
-    batches, strategy = trainer.get("accumulate_grad_batches", 1), trainer.get("strategy")
-    for name in ("max_steps", "max_epochs"):
-        value = trainer.get(name)
-        if isinstance(value, int) and value < -1:
-            raise ConfigError(
-                f"trainer.{name} out of range", given=str(value), allowed="0 or more, or -1: no end"
-            )
-    root = trainer.get("default_root_dir")
-    if root is not None and "://" not in str(root):
-        require_root(Path(root).expanduser())
-    if batches < 1:
-        raise ConfigError(
-            "trainer.accumulate_grad_batches out of range", given=str(batches), allowed="1 or more"
-        )
-    require_known(strategy)
-    if isinstance(strategy, str) and strategy.lower() not in (*NAMES, *StrategyRegistry):
-        near = difflib.get_close_matches(strategy.lower(), NAMES, n=1)
-        raise ConfigError(
-            "unknown trainer.strategy",
-            given=strategy,
-            allowed=", ".join(NAMES) + ", or a class_path",
-            fix=(f"did you mean {near[0]}? " if near else "") + "see configs/strategies",
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

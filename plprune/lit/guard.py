@@ -13,11 +13,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from plprune import dist
+from plprune.cuts import commits_all
 from plprune.describe import describe
+from plprune.drivers.compensated import parts
 from plprune.errors import CheckpointError, ConfigError, PlanError
 from plprune.lit.arithmetic import warn_slow
 from plprune.lit.strategies.usable import require_started
-from plprune.lora import any_adapter, any_dora
+from plprune.lora import any_adapter
+from plprune.methods.base import Method
 from plprune.schedule import Length
 from plprune.surgery.written import dora_refitted
 from plprune.unwrap import find_model, unwrap
@@ -102,23 +105,21 @@ def require_same(module: LightningModule, model: nn.Module, attribute: str | Non
         )
 
 
-def refuse_dora(model: nn.Module, *, masked: bool, refitted: bool) -> None:
+def refuse_dora(method: Method, commit: str | int, cuts: int) -> None:
     """Refuse to train DoRA adapters on masked units, or under weights that are refitted.
 
     Args:
-        model: the language model, about to be trained.
-        masked: some cuts are not committed at once.
-        refitted: cuts are compensated.
+        method: as `Prune` holds it, with its compensation.
+        commit: when tensors become smaller.
+        cuts: how many there are.
 
     Raises:
-        ConfigError: if it has DoRA adapters, and cuts are masked.
-        PlanError: if it has them, and cuts are compensated.
+        ConfigError: if some cuts are not committed at once.
+        PlanError: if they are compensated.
     """
-    if not any_dora(model):
-        return
-    if refitted:
+    if parts(method)[1] is not None:
         raise dora_refitted()
-    if masked:
+    if not commits_all(commit, cuts):
         raise ConfigError(
             "DoRA adapters cannot train on masked units",
             given="use_dora: true, and cuts that are only masked",

@@ -13,7 +13,7 @@ from plprune.count import Tally, count_flops, count_params, tally_dense
 from plprune.drivers.progressive import Progressive, dense_and_now
 from plprune.lit.protocol import run_seed
 from plprune.plots import Curve, LayerWidths, ScoreSummary
-from plprune.report_parts import CutRecord, SizePair, SpeedPair
+from plprune.report_parts import CutRecord, Score, SizePair, SpeedPair
 from plprune.spec import SUBLAYERS, Spec
 from plprune.timing import SpeedResult
 
@@ -244,6 +244,24 @@ def card(trainer: Trainer, base_model: str, pruner: Any, report: Any) -> dict[st
                 "dense_perplexity": score.dense,
             }
     return values
+
+
+def perplexities(
+    dense: dict[str, Any] | None, after: dict[str, Any] | None, *, trained: bool
+) -> tuple[Score, ...]:
+    """Perplexity before and after.
+
+    Args:
+        dense: what was measured of the dense model; None: nothing.
+        after: of the pruned model; None: there is no validation text.
+        trained: whether it was trained at all.
+    """
+    if dense is None or after is None:
+        return ()
+    value = after["perplexity"]
+    name = str(after["protocol"]["source"])
+    score = {"recovered": value} if trained else {"cut": value}
+    return (Score(data=name, dense=dense["perplexity"], **score),)
 
 
 def notes(dense: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -115,6 +115,9 @@ def _unknown_key(name: str, hint: str, keys: list[str]) -> ConfigError:
         tops = sorted({key.split(".")[0] for key in keys})
         top = name.split(".")[0]
         near = [] if top in tops else difflib.get_close_matches(top, tops, n=1, cutoff=0.75)
+        # Or it is right, and what it belongs to is left out.
+        whole = [key for key in keys if key.endswith(f".{top}")] if not near else []
+        near = near or ([whole[0] + name.removeprefix(top)] if len(whole) == 1 else [])
     return ConfigError(
         "unknown key",
         given=name,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 
 from plprune.errors import CheckpointError, ConfigError
 from plprune.lit import guard
+from plprune.lit.saved import rest_of
+from plprune.lit.saved.state import PARTS
 
 log = logging.getLogger(__name__)
+
+METRICS = "metrics.csv"
+"""What a CSV logger writes, and deletes when it starts."""
 
 
 def require_apart(trainer: Trainer) -> None:
@@ -68,24 +75,123 @@ def require_last(trainer: Trainer, callback: Callback, *, after: str = "merge_at
         )
 
 
-def require_all_cuts(trainer: Trainer) -> None:
+def require_targets(trainer: Trainer) -> None:
+    """Refuse outputs that share a folder, or have none to be written to; on the first process.
+
+    Args:
+        trainer: with its callbacks; those that write say so in `writes` and `require_target`.
+
+    Raises:
+        ConfigError: for folders that are one, or lie inside each other.
+        ExportError: for a folder that exists, or cannot be made.
+    """
+    require_apart(trainer)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "writes", None) is not None:
+            callback.require_target(trainer)
+
+
+def keep_metrics(trainer: Trainer) -> None:
+    """Put the metrics of an earlier run aside, which a CSV logger of the same folder would delete.
+
+    Args:
+        trainer: before its loggers are used; on the first process.
+    """
+    for logger in trainer.loggers:
+        # Without a version the logger takes a folder of its own.
+        if not isinstance(logger, CSVLogger) or logger._version is None:
+            continue
+        folder, number = Path(logger.log_dir), 1
+        if (folder / METRICS).is_file():
+            while (kept := folder / METRICS.replace(".", f"_{number}.")).exists():
+                number += 1
+            (folder / METRICS).rename(kept)
+            log.info("the metrics of an earlier run are kept: %s", kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a checkpoint is."""
+
+    step: int
+    """Optimizer steps."""
+    epochs: int
+    """Epochs whose batches are all done."""
+    cuts: int
+    """Cuts made."""
+
+
+def position_of(path: Any) -> Position | None:
+    """How far a checkpoint is.
+
+    Args:
+        path: file or folder.
+
+    Returns:
+        Its position; None if the path is not of this machine, or the file says so only to those who
+        run what is in it.
+    """
+    if path is None or not Path(str(path)).exists():
+        return None
+    try:
+        saved = rest_of(Path(str(path)))
+    except CheckpointError:
+        return None
+    loop = (saved.get("loops") or {}).get("fit_loop") or {}
+    epochs = ((loop.get("epoch_progress") or {}).get("current") or {}).get("processed", 0)
+    cuts = ((saved.get(PARTS) or {}).get("prune") or {}).get("done", 0)
+    return Position(step=saved.get("global_step", 0), epochs=epochs, cuts=cuts)
+
+
+def only_ends(trainer: Trainer) -> bool:
+    """Whether a run goes on from a checkpoint of its last step: it measures, merges, and writes.
+
+    Args:
+        trainer: with the checkpoint's path, if it has one.
+    """
+    found = position_of(trainer.ckpt_path)
+    if found is None:
+        return False
+    pairs = ((found.step, trainer.max_steps), (found.epochs, trainer.max_epochs))
+    return any(have >= end for have, end in pairs if end not in (None, -1))
+
+
+def require_not_past(step: int, limit: int) -> None:
+    """Refuse to resume a checkpoint past the end of the run.
+
+    Args:
+        step: optimizer steps in the checkpoint.
+        limit: `trainer.max_steps`; -1: no limit.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    if 0 <= limit < step:
+        raise CheckpointError(
+            "the checkpoint is past the end of this run",
+            given=f"step {step} in the checkpoint, trainer.max_steps {limit}",
+            allowed=f"max_steps of at least {step}",
+            fix="set max_steps of the run the checkpoint is from; to write its model as it "
+            "is: plprune export --ckpt_path FILE --out DIR",
+        )
+
+
+def require_all_cuts(step: int, done: int, cuts: int) -> None:
     """Refuse to end a run whose schedule has cuts that will never come.
 
     Args:
-        trainer: all its steps are done.
+        step: the last optimizer step of the run, that of its checkpoint.
+        done: cuts in the checkpoint.
+        cuts: of the run.
 
     Raises:
         CheckpointError: if cuts are left; only another length or schedule than the checkpoint's
             leaves some.
     """
-    pruner = guard.pruner_of(trainer)
-    done = 0 if pruner is None else pruner.progressive.done
-    if pruner is not None and done < len(pruner.cuts):
+    if done < cuts:
         raise CheckpointError(
             "the run has no step left for its cuts",
-            given=f"{done} of {len(pruner.cuts)} cuts in the checkpoint of step "
-            f"{trainer.global_step}, trainer.max_steps {trainer.max_steps}, max_epochs "
-            f"{trainer.max_epochs}",
+            given=f"{done} of {cuts} cuts in the checkpoint of step {step}, the last of this run",
             allowed="a run that is longer than its checkpoint, or that has made all cuts",
             fix="set the length and the schedule of the run the checkpoint is from",
         )
@@ -117,17 +223,12 @@ def end_complete_runs(trainer: Trainer) -> None:
                 allowed="at least one step before max_steps, max_epochs or max_time",
                 fix="raise them in trainer",
             )
-        elif 0 <= trainer.max_steps < trainer.global_step:
-            raise CheckpointError(
-                "the checkpoint is past the end of this run",
-                given=f"step {trainer.global_step} in the checkpoint, trainer.max_steps "
-                f"{trainer.max_steps}",
-                allowed=f"max_steps of at least {trainer.global_step}",
-                fix="set max_steps of the run the checkpoint is from; to write its model as it "
-                "is: plprune export --ckpt_path FILE --out DIR",
-            )
         else:
-            require_all_cuts(trainer)
+            pruner = guard.pruner_of(trainer)
+            done = 0 if pruner is None else pruner.progressive.done
+            cuts = 0 if pruner is None else len(pruner.cuts)
+            require_not_past(trainer.global_step, trainer.max_steps)
+            require_all_cuts(trainer.global_step, done, cuts)
             log.info(
                 "all %d steps are done: what comes after training follows", trainer.global_step
             )

@@ -10,7 +10,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from plprune.lit.parts_cli import PartsCLI
 from plprune.lit.plan_facts import facts
-from plprune.lit.plan_memory import Run
+from plprune.lit.run_parts import run_of
+from plprune.lit.strategies.usable import require_settings
 from plprune.lit.tables import lines, put_json, require_place, share, short, show, span
 
 HELP = """usage: plprune plan --config FILE [--config FILE ...] [--key value ...] [--json FILE]
@@ -36,18 +37,6 @@ class PlanCLI(PartsCLI):
         super().add_arguments_to_parser(parser)
         parser.add_argument("--json", type=str | None, default=None)
 
-    def described(self) -> Run:
-        """The parts of the run."""
-        made = self.config_init.fit
-        callbacks = [made.prune, made.lora, *(made.trainer.callbacks or [])]
-        return Run(
-            model=made.model,
-            data=made.data,
-            trainer=self.trainer_settings,
-            pruner=next((c for c in callbacks if getattr(c, "method", None) is not None), None),
-            lora=next((c for c in callbacks if hasattr(c, "merge_at_end")), None),
-        )
-
 
 def run(args: Sequence[str]) -> None:
     """Print the plan.
@@ -61,7 +50,8 @@ def run(args: Sequence[str]) -> None:
     cli = PlanCLI(["fit", *args])
     target = cli.config.fit.json
     require_place(target)
-    found = facts(cli.described())
+    require_settings(cli.trainer_settings)
+    found = facts(run_of(cli.config_init.fit, cli.trainer_settings))
     if target != "-":
         _show(found)
     if target is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from plprune import cuts as planned
@@ -12,12 +11,12 @@ from plprune.allocate import units_per_group
 from plprune.budget import Budget
 from plprune.count import count_flops, count_params, kv_cache_bytes, price
 from plprune.cuts import Cut
-from plprune.describe import describe
-from plprune.lit.plan_memory import Run, memory_of, sizes_after, widths_of
+from plprune.lit import preflight
+from plprune.lit.plan_memory import memory_of, sizes_after, widths_of
 from plprune.lit.run_length import devices, run_length
+from plprune.lit.run_parts import Run
 from plprune.lit.tables import span
 from plprune.schedule import Length, Phase, TransActRamp
-from plprune.skeleton import config_of, skeleton
 from plprune.spec import Spec
 
 
@@ -30,19 +29,10 @@ def facts(run: Run) -> dict[str, Any]:
     Returns:
         JSON-able: run, dense, cuts, recovery, budget_base, widths, memory, devices, notes.
     """
-    config = config_of(run.model.pretrained, trust_remote_code=run.model.trust_remote_code)
-    name = run.model.dtype_name
-    model = skeleton(
-        config,
-        dtype=None if name == "auto" else getattr(torch, name),
-        attn_implementation=run.model.attn_implementation,
-        trust_remote_code=run.model.trust_remote_code,
-    )
-    spec = describe(model)
-    if run.pruner is not None:  # a budget that cannot be met is refused before any text is read
-        run.pruner.method.widths(spec, run.pruner.budget)
+    model, spec = preflight.described(run)
+    preflight.require_parts(run, model, spec)  # before any text is read
     length = run_length(run.trainer, run.data, None if run.pruner is None else run.pruner.schedule)
-    cuts = _cuts(run, spec, length)
+    cuts = preflight.planned_cuts(run, spec, length)
     budget = None if run.pruner is None else run.pruner.budget
     rows = [_row(run, spec, cut, str(n)) for n, cut in enumerate((None, *cuts))]
     rows[0]["name"] = "dense"
@@ -64,12 +54,6 @@ def facts(run: Run) -> dict[str, Any]:
         **memory,
         "notes": [*_notes(run, spec, cuts), *notes],
     }
-
-
-def _cuts(run: Run, spec: Spec, length: Length) -> tuple[Cut, ...]:
-    if run.pruner is None:
-        return ()
-    return planned.cuts(spec, run.pruner.method, run.pruner.budget, run.pruner.schedule, length)
 
 
 def _phases(run: Run, length: Length) -> tuple[Phase, ...]:

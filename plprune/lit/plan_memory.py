@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from torch import nn
 from plprune.allocate import sizes_of, units_per_group
 from plprune.cuts import Cut
 from plprune.errors import PlpruneError
+from plprune.lit.progress import counted
 from plprune.lit.run_length import accumulation, devices
+from plprune.lit.run_parts import Run
 from plprune.memory import Setup, Stages, estimate, statistics_bytes
 from plprune.memory_phase import Phase
 from plprune.memory_shared import shared, traffic
@@ -23,6 +24,8 @@ from plprune.spec import Spec
 
 _WORLDS = (8, 16, 64)
 """Numbers of devices a plan shows beside its own."""
+_PATIENCE = 5.0
+"""Seconds without a word."""
 _HEAP = (
     "a CPU's C library may keep freed memory: with MALLOC_MMAP_THRESHOLD_=65536 in the environment "
     "peaks are as estimated, without it up to twice as high"
@@ -31,28 +34,6 @@ _DEVICE = (
     "not counted: the context of a GPU (about 0.5 GB), fragmentation of its allocator, buffers of "
     "the communication library"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The parts of a run."""
-
-    model: Any
-    """`LitCausalLM`, nothing loaded."""
-    data: Any
-    """`LitTokens`, nothing read."""
-    trainer: Any
-    """Arguments of the trainer, by name."""
-    pruner: Any = None
-    """`Prune` with a method, or None."""
-    lora: Any = None
-    """`LoRARecovery`, or None."""
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step on all devices."""
-        batch = self.data.batch_size * self.data.corpus.seq_len
-        return int(batch * accumulation(self.trainer) * devices(self.trainer))
 
 
 def widths_of(spec: Spec, cut: Cut | None) -> dict[str, list[int]] | None:
@@ -125,7 +106,8 @@ def memory_of(
         taps = () if method is None else method.taps(spec)
         if any(tap.stat.backward for tap in taps):
             notes.append("the backward pass of the calibration set is not in the estimate")
-        phases = estimate(stages, setup, statistics_bytes(spec, taps))
+        shown = counted("tracing the model for its memory", "passes", after=_PATIENCE)
+        phases = estimate(stages, setup, statistics_bytes(spec, taps), shown)
     except PlpruneError:
         raise
     except Exception as error:  # a model may do in its forward what tensors without data cannot
@@ -181,7 +163,7 @@ def _setup(run: Run) -> Setup:
         lora=run.lora.config if trains_adapters else None,
         optimizer=run.model.optimizer_class,
         foreach=_on_gpu(run),
-        strategy=_strategy(run),
+        strategy=run.strategy,
         world_size=devices(run.trainer),
     )
 
@@ -203,7 +185,7 @@ def _offloaded(run: Run) -> tuple[str, ...]:
 def _precision(run: Run) -> str:
     """As in Lightning; DeepSpeed's engine makes half weights of `mixed` too."""
     given = str(run.trainer.get("precision") or "32-true")
-    return given.replace("-mixed", "-true") if _strategy(run).startswith("zero") else given
+    return given.replace("-mixed", "-true") if run.strategy.startswith("zero") else given
 
 
 def _on_gpu(run: Run) -> bool:
@@ -211,17 +193,3 @@ def _on_gpu(run: Run) -> bool:
     return accelerator in ("gpu", "cuda", "mps") or (
         accelerator == "auto" and torch.cuda.is_available()
     )
-
-
-def _strategy(run: Run) -> str:
-    """Its name in `plprune.memory_shared.SHARDED`; a strategy that is not known shares nothing."""
-    given = run.trainer.get("strategy", "auto")
-    text = str(given if isinstance(given, str) else given.get("class_path", "")).lower()
-    if re.fullmatch("zero[123](_offload)?", text):
-        return text[:5]
-    if "deepspeed" in text:
-        stage = 2 if isinstance(given, str) else (given.get("init_args") or {}).get("stage", 2)
-        return f"zero{text[text.rfind('stage_') + 6]}" if "stage_" in text else f"zero{stage}"
-    if any(name in text for name in ("fsdp", "modelparallel", "fully_shard")):
-        return "fsdp"
-    return "single" if devices(run.trainer) == 1 else "ddp"

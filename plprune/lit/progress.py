@@ -34,7 +34,9 @@ def shown(trainer: Trainer, title: str, unit: str = "batches") -> Progress:
     return counted(title, unit, bar=trainer.progress_bar_callback is not None)
 
 
-def counted(title: str, unit: str, *, bar: bool = True, eta: bool = False) -> Progress:
+def counted(
+    title: str, unit: str, *, bar: bool = True, eta: bool = False, after: float = 0.0
+) -> Progress:
     """Show a loop of known length: a bar if stderr is a terminal, else about ten lines.
 
     Args:
@@ -42,14 +44,15 @@ def counted(title: str, unit: str, *, bar: bool = True, eta: bool = False) -> Pr
         unit: what is counted.
         bar: False: lines also in a terminal.
         eta: lines say how long it will take still; bars always do.
+        after: seconds in which nothing is shown: what ends before is not worth a line.
 
     Returns:
         A function called with (done, total).
     """
-    if bar and sys.stderr.isatty():
-        return _bar(title)
-
     began = time.monotonic()
+    if bar and sys.stderr.isatty():
+        return _patient(_bar(title), began + after)
+
     first: int | None = None
 
     def line(done: int, total: int) -> None:
@@ -60,7 +63,17 @@ def counted(title: str, unit: str, *, bar: bool = True, eta: bool = False) -> Pr
             more = f", {duration(left)} left" if eta and done < total else ""
             log.info("%s: %d of %d %s%s", title, done, total, unit, more)
 
-    return line
+    return _patient(line, began + after)
+
+
+def _patient(told: Progress, since: float) -> Progress:
+    """Tell nothing before some time on the clock."""
+
+    def step(done: int, total: int) -> None:
+        if time.monotonic() >= since:
+            told(done, total)
+
+    return step
 
 
 def _bar(title: str) -> Progress:

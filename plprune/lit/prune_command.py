@@ -23,6 +23,7 @@ from plprune.lit.progress import counted
 from plprune.lit.tables import lines, show, span
 from plprune.load import STRUCTURE_FILE, folder_of
 from plprune.progress import Progress, silent
+from plprune.report_tables import per_group
 
 HELP = """usage: plprune prune --config FILE [--config FILE ...] [--key value ...] --output DIR
 
@@ -178,8 +179,8 @@ def _show(done: Done, target: Path) -> None:
     counts = _counts(done)
     table = [("axis", "dense", "kept")]
     depth = bool(done.source.spec.removed())
-    kept = done.source.spec.widths(depth=depth)
-    for kind, widths in done.dense.widths(depth=depth).items():
+    kept = per_group(done.source.spec.widths(depth=depth))
+    for kind, widths in per_group(done.dense.widths(depth=depth)).items():
         table.append((kind, span(widths), span(kept[kind])))
     show("Widths", table)
     lines(

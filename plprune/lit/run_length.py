@@ -34,9 +34,8 @@ def run_length(trainer: Any, data: Any, schedule: Schedule | None) -> Length:
     Raises:
         ConfigError: if the run has no end, or its length would have to be read from a hub.
     """
-    steps, epochs = _limits(trainer)
-    reads = epochs >= 0 or getattr(schedule, "unit", None) == "epoch"
-    batches: float = _batches(trainer, data) if reads else math.inf
+    steps, epochs = limits(trainer)
+    batches: float = _batches(trainer, data) if reads_text(trainer, schedule) else math.inf
     estimated: float = math.inf if steps == -1 else steps
     if epochs >= 0:
         per_epoch = math.ceil(batches / accumulation(trainer))
@@ -65,7 +64,12 @@ def devices(trainer: Any) -> int:
     return count * int(trainer.get("num_nodes") or 1)
 
 
-def _limits(trainer: Any) -> tuple[int, int]:
+def reads_text(trainer: Any, schedule: Schedule | None) -> bool:
+    """Whether the length of a run, or its cuts, follow from the size of its training text."""
+    return limits(trainer)[1] >= 0 or getattr(schedule, "unit", None) == "epoch"
+
+
+def limits(trainer: Any) -> tuple[int, int]:
     """max_steps and max_epochs as Lightning understands them; -1 is no limit."""
     quick = trainer.get("fast_dev_run")
     if quick:

@@ -85,17 +85,20 @@ def run(args: Sequence[str]) -> None:
         else:
             shares, compensation = tuple(given.shares), parts(made.prune.method)[1]
             found, data = _measured(model, method, batches, shares, compensation)
+    corpus = made.data.corpus
     protocol = {
         "model": made.model.pretrained,
+        "text": f"calibration set, drawn from {corpus.calibration or ', '.join(corpus.train)}",
         "scores": method.label,
         **_followed(made.prune.method),
         "calibration set (sha256)": data[:16],
         "sequences": sum(len(batch["input_ids"]) for batch in batches),
-        "tokens of a sequence": made.data.corpus.calibration_seq_len,
-        "seed": made.data.corpus.seed,
+        "tokens of a sequence": corpus.calibration_seq_len,
+        "seed": corpus.seed,
         "number format": given.compute_dtype,
     }
-    result = sensitivity_page.as_plain(found, protocol)
+    sizes = {axis.name: axis.size for axis in describe(model).axes.values()}
+    result = sensitivity_page.as_plain(found, protocol, sizes)
     show("Single cuts", sensitivity_page.table(result))
     dense = f"{result['dense_perplexity']:.4f}"
     lines("Protocol", [("dense perplexity", dense), *protocol.items()])

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
-
 from plprune.drivers.compensated import new_biases, parts
 from plprune.drivers.looks import needs_complete
 from plprune.errors import ConfigError
-from plprune.lit.strategies import divides
 from plprune.methods.base import Method
 from plprune.spec import Spec
 
 
-def require_trainable(trainer: Trainer, method: Method, spec: Spec) -> None:
+def require_trainable(method: Method, spec: Spec, *, divided: bool) -> None:
     """Refuse what would fail at the first cut, before anything is measured.
 
     Args:
-        trainer: with its strategy.
         method: as `Prune` holds it, with its compensation.
         spec: the model.
+        divided: whether the strategy divides weights.
 
     Raises:
         ConfigError: if the method needs complete weights and the strategy divides them, or if the
             compensation gives linears a bias that have none.
     """
-    if divides(trainer.strategy):
+    if divided:
         stats = {tap.stat for tap in method.taps(spec)}
         if any(stat.backward for stat in stats):
-            raise needs_complete("gradients of single blocks")
+            raise needs_complete("gradients of single blocks", method.label)
         if any(stat.measured for stat in stats):
-            raise needs_complete("losses of single cuts")
+            raise needs_complete("losses of single cuts", method.label)
     selects, compensation = parts(method)
     without = new_biases(spec, selects, compensation)
     if without:

@@ -83,6 +83,65 @@ def test_a_run_killed_after_its_last_step_is_brought_to_its_end(
     assert sorted(os.listdir(tmp_path / "killed")) == ["adapter", "model", "report"]
 
 
+@pytest.mark.parametrize("dies", ["after the adapters", "after the report"])
+def test_a_run_killed_between_its_outputs_writes_the_rest(
+    dies: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is there stays as it is: the run's own report and adapters are no obstacle."""
+    folder, here = tmp_path / "killed", 2 if dies == "after the adapters" else 3
+    saver = ModelCheckpoint(
+        tmp_path / "ckpt", filename="{step}", every_n_train_steps=6, save_top_k=-1
+    )
+    callbacks = [saver, *outputs(folder)]
+    torch.manual_seed(0)
+    killed = [*callbacks[: here + 1], Kill(), *callbacks[here + 1 :]]
+    with pytest.raises(KilledError):
+        fit(User(dtype=torch.float32), killed, enable_checkpointing=True)
+    left = {"adapter"} if dies == "after the adapters" else {"adapter", "report"}
+    assert set(os.listdir(folder)) == left
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+    def resumed(step: int, where: Path) -> User:
+        module = User(dtype=torch.float32)
+        path = tmp_path / "ckpt" / f"step={step}.ckpt"
+        again = [saver, *outputs(where)]
+        fit(module, again, enable_checkpointing=True, ckpt_path=path)
+        return module
+
+    # In the middle of the run they are an obstacle still.
+    with pytest.raises(ExportError, match=r"the target directory exists: given .*adapter; allowed"):
+        resumed(6, folder)
+    with caplog.at_level("INFO"):
+        assert resumed(12, folder).losses == []
+    said = "the report of this run is there already" in caplog.text
+    assert said == (dies == "after the report")
+    assert set(os.listdir(folder)) == {"adapter", "report", "model"}
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    resumed(12, tmp_path / "elsewhere")
+    assert weights_in(folder) == weights_in(tmp_path / "elsewhere")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+@pytest.mark.parametrize("left", ["adapter", "report"])
+def test_outputs_of_another_run_are_an_obstacle(left: str, tmp_path: Path) -> None:
+    """Same model, budget, and plans; other losses and other adapters."""
+    for place, seed in (("one", 0), ("two", 1)):
+        torch.manual_seed(seed)
+        saver = ModelCheckpoint(tmp_path / f"{place}-ckpt", every_n_train_steps=12)
+        fit(
+            User(dtype=torch.float32),
+            [saver, *outputs(tmp_path / place)],
+            enable_checkpointing=True,
+        )
+    shutil.rmtree(tmp_path / "one" / "model")
+    for name in {"adapter", "report"} - {left}:
+        shutil.rmtree(tmp_path / "one" / name)
+    path = next((tmp_path / "two-ckpt").glob("*.ckpt"))
+    with pytest.raises(ExportError, match=f"directory exists|cannot write the {left}"):
+        fit(User(dtype=torch.float32), outputs(tmp_path / "one"), ckpt_path=path)
+    assert not (tmp_path / "one" / "model").exists()
+
+
 def test_a_checkpoint_past_the_end_of_a_run_is_refused(tmp_path: Path) -> None:
     """Going on would export a model of which not all cuts were made."""
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=6)
@@ -108,7 +167,7 @@ def test_a_run_that_has_no_step_left_for_its_cuts_is_refused(
     middle = next((tmp_path / "ckpt").glob("*step=6.ckpt"))
     callbacks = [prune(schedule), ExportHF(str(tmp_path / "model"), tokenizer="none")]
     with pytest.raises(
-        CheckpointError, match=r"given 2 of 3 cuts in the checkpoint of step 6, tra"
+        CheckpointError, match=r"given 2 of 3 cuts in the checkpoint of step 6, the last of"
     ):
         fit(User(dtype=torch.float32), callbacks, ckpt_path=middle, max_steps=6)
     assert not (tmp_path / "model").exists()

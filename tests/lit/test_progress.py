@@ -105,6 +105,22 @@ def test_a_loop_in_a_log_takes_ten_lines(total: int, count: int, caplog: pytest.
     assert said[-1] == f"looking: {total} of {total} windows"
 
 
+def test_what_ends_soon_is_not_worth_a_line(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("plprune.lit.progress.time.monotonic", lambda: now[0])
+    told = counted("tracing", "passes", after=5.0)
+    with caplog.at_level("INFO"):
+        for number, at in enumerate((1.0, 4.9, 5.0, 9.0), start=1):
+            now[0] = at
+            told(number, 4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "tracing: 3 of 4 passes",
+        "tracing: 4 of 4 passes",
+    ]
+
+
 def test_durations():
     assert [duration(s) for s in (4.4, 89, 90, 5399, 5400)] == [
         "4 s",

@@ -40,7 +40,7 @@ from plprune.errors import (
 )
 from plprune.lit import guard
 from plprune.lit.model import LearningRate, LitCausalLM
-from plprune.lit.strategies import adapter_for
+from plprune.lit.strategies import adapter_for, divides
 from plprune.lit.strategies.fully_shard import FullyShard
 from plprune.lit.trainable import require_trainable
 from plprune.methods.taylor import Taylor
@@ -92,11 +92,12 @@ def test_biases_that_nobody_has_are_refused_before_anything_is_looked_at(
 )
 def test_looks_that_need_complete_weights(method: Any, what: str) -> None:
     spec = describe(tiny.model("llama-gqa"))
-    made = fitting.trainer(strategy=FullyShard(), devices=1)
-    with pytest.raises(ConfigError, match=rf"{what}.* need complete weights: given a strategy"):
-        require_trainable(made, method, spec)
-    require_trainable(fitting.trainer(), method, spec)
-    require_trainable(made, TransAct(), spec)
+    one, many = (divides(s) for s in (fitting.trainer().strategy, FullyShard()))
+    message = rf"{what}.* need complete weights: given {method.label}\b.*\(zero3, fsdp2\)"
+    with pytest.raises(ConfigError, match=message):
+        require_trainable(method, spec, divided=many)
+    require_trainable(method, spec, divided=one)
+    require_trainable(TransAct(), spec, divided=many)
 
 
 def test_two_pruners_are_refused() -> None:

@@ -39,11 +39,15 @@ def test_every_axis_of_every_layer_is_measured(
 ) -> None:
     out = tmp_path / "out"
     command = ["sensitivity", "--config", file_of(base, tmp_path, FLAP), "--output", str(out)]
-    assert main([*command, "--shares", "[0.7, 0.6]"]) == 0
+    assert main([*command, "--shares", "[0.95, 0.7, 0.6]"]) == 0
     found = json.loads((out / "sensitivity.json").read_text("utf-8"))
     model = AutoModelForCausalLM.from_pretrained(base)
     axes = [a for a in describe(model).axes.values() if a.kind in ("kv_group", "mlp")]
-    counts = {a.name: {max(1, round(share * a.size)) for share in (0.7, 0.6)} for a in axes}
+    counts = {
+        a.name: {max(1, round(share * a.size)) for share in (0.95, 0.7, 0.6)} - {a.size}
+        for a in axes
+    }
+    assert round(0.95 * axes[0].size) == axes[0].size, "all of few units is no cut"
     assert 1 in map(len, counts.values()), "of few units two shares are the same number"
     expected = [(name, count) for name in counts for count in sorted(counts[name], reverse=True)]
     assert [(row["axis"], row["units"]) for row in found["rows"]] == expected
@@ -54,6 +58,7 @@ def test_every_axis_of_every_layer_is_measured(
     said = capfd.readouterr().out
     assert "dense perplexity" in said
     assert found["protocol"]["scores"] == "FLAP"
+    assert found["protocol"]["text"] == f"calibration set, drawn from {base / 'text.txt'}"
     assert sum(p.numel() for p in model.parameters()) > 0
     again = AutoModelForCausalLM.from_pretrained(base)
     assert all(

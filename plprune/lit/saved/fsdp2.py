@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plprune.errors import CheckpointError, first_line
-from plprune.lit.saved.state import GROUPS, PARTS, SavedState
+from plprune.lit.saved.state import GROUPS, PARTS, SavedState, unpickled
 
 META = "meta.pt"
 """What is not divided."""
@@ -34,8 +34,8 @@ def read(path: Path) -> SavedState:
         for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    rest: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
-    groups = (rest.get(PARTS) or {}).get(GROUPS) or []
+    others = rest(path)
+    groups = (others.get(PARTS) or {}).get(GROUPS) or []
 
     def whole(name: str) -> Tensor:
         entry = stored[name]
@@ -55,7 +55,7 @@ def read(path: Path) -> SavedState:
         scalars[name] = {key: whole(prefix + key) for key in own if key not in keys[name]}
     return SavedState(
         where=str(path),
-        rest=rest,
+        rest=others,
         shapes={
             name.removeprefix(_WEIGHTS): tuple(entry.size)
             for name, entry in stored.items()
@@ -65,6 +65,11 @@ def read(path: Path) -> SavedState:
         keys=keys,
         scalars=scalars,
     )
+
+
+def rest(path: Path) -> dict[str, Any]:
+    """What a folder holds besides weights and optimizers."""
+    return dict(unpickled(path / META))
 
 
 def _load(wanted: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,21 @@ def read(path: Path) -> SavedState:
     shapes |= {name: tuple(tensor.shape) for name, tensor in whole.items()}
     return SavedState(
         where=str(path),
-        rest={k: v for k, v in first.items() if k not in _DEEPSPEEDS},
+        rest=_handed_over(first),
         shapes=shapes | {name: shapes[source] for name, source in tied.items()},
         read=entries,
         keys=dict.fromkeys(trained, tuple(_state_keys(optimizers[0]))),
         scalars=dict.fromkeys(trained, _scalars(optimizers[0])),
     )
+
+
+def rest(path: Path) -> dict[str, Any]:
+    """What a folder holds besides weights and optimizers."""
+    return _handed_over(_load(files(path, "model_states")[0]))
+
+
+def _handed_over(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in _DEEPSPEEDS}
 
 
 def joined(parts: Iterable[Tensor], start: int, stop: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
 )
 
 from plprune.errors import ConfigError
@@ -24,32 +28,62 @@ _CHILDREN = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 """How names of DDP begin that starts its processes as children of the script's own."""
 
 
+def require_settings(trainer: Mapping[str, Any]) -> None:
+    """Refuse settings of the trainer on which Lightning itself would stumble.
+
+    Args:
+        trainer: its arguments by name.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    batches, strategy = trainer.get("accumulate_grad_batches", 1), trainer.get("strategy")
+    for name in ("max_steps", "max_epochs"):
+        value = trainer.get(name)
+        if isinstance(value, int) and value < -1:
+            raise ConfigError(
+                f"trainer.{name} out of range", given=str(value), allowed="0 or more, or -1: no end"
+            )
+    if batches < 1:
+        raise ConfigError(
+            "trainer.accumulate_grad_batches out of range", given=str(batches), allowed="1 or more"
+        )
+    require_known(strategy)
+    if isinstance(strategy, str) and strategy.lower() not in (*NAMES, *StrategyRegistry):
+        near = difflib.get_close_matches(strategy.lower(), NAMES, n=1)
+        raise ConfigError(
+            "unknown trainer.strategy",
+            given=strategy,
+            allowed=", ".join(NAMES) + ", or a class_path",
+            fix=(f"did you mean {near[0]}? " if near else "") + "see configs/strategies",
+        )
+
+
 def require_known(strategy: Any) -> None:
     """Refuse strategies that cannot be cut, by name or by class.
 
     Args:
-        strategy: of the trainer, as it was given.
+        strategy: of the trainer, as it was given: a name, an object, or class_path and init_args.
 
     Raises:
         ConfigError: with the one to take instead.
     """
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    name, kind, starts = _named(strategy)
     # `ZeRO` is a DeepSpeedStrategy too: exact types.
-    if name.startswith("deepspeed") or type(strategy) is DeepSpeedStrategy:
+    if name.startswith("deepspeed") or kind is DeepSpeedStrategy:
         raise ConfigError(
             "Lightning's DeepSpeed strategy cannot be cut during fit",
             given=f"trainer.strategy: {name}",
             allowed="zero1, zero2, zero3, which do the same on every device",
             fix="--config configs/strategies/zero3.yaml",
         )
-    if (name.startswith("fsdp") and name != "fsdp2") or type(strategy) is FSDPStrategy:
+    if (name.startswith("fsdp") and name != "fsdp2") or kind is FSDPStrategy:
         raise ConfigError(
             "FSDP1 cannot be cut during fit",
             given=f"trainer.strategy: {name}",
             allowed="FSDP2, which does the same",
             fix="--config configs/strategies/fsdp2.yaml",
         )
-    starts = getattr(strategy, "_start_method", "") if isinstance(strategy, DDPStrategy) else ""
     if name.startswith(_CHILDREN) or starts not in ("", "popen"):
         raise ConfigError(
             "a model cut in a child process cannot come back",
@@ -57,6 +91,17 @@ def require_known(strategy: Any) -> None:
             allowed="ddp, torchrun, or srun",
             fix="--config configs/strategies/ddp.yaml",
         )
+
+
+def _named(strategy: Any) -> tuple[str, type | None, str]:
+    """Name, class, and for DDP how processes are started."""
+    if isinstance(strategy, str):
+        return strategy, None, ""
+    told = not isinstance(strategy, Strategy)
+    kind: Any = locate(strategy["class_path"]) if told else type(strategy)
+    settings = (strategy.get("init_args") or {}) if told else vars(strategy)
+    starts = settings.get("start_method" if told else "_start_method", "")
+    return kind.__name__, kind, starts if issubclass(kind, DDPStrategy) else ""
 
 
 def require_started(trainer: Trainer) -> None:
