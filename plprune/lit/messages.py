@@ -24,7 +24,7 @@ _OPTION = re.compile(
 _KEY = re.compile(r'Parser key "([\w.]+)"')
 _TYPES = re.compile(r"Subtypes: (.*)")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """Set by launchers of several processes: torchrun, Lightning, SLURM."""
 
 

@@ -11,7 +11,6 @@ from plprune.cuts import Cut
 from plprune.describe import describe
 from plprune.errors import ModelError
 from plprune.lit import guard, outputs
-from plprune.lit.messages import is_first_process
 from plprune.lit.run_length import limits, reads_text, run_length
 from plprune.lit.run_parts import Run
 from plprune.lit.trainable import require_trainable
@@ -36,16 +35,20 @@ def require_possible(trainer: Trainer, run: Run) -> None:
     Raises:
         PlpruneError: for whatever cannot work.
     """
-    if is_first_process():  # what the others would say, and they may see another disk
+    # Of processes that a launcher started, one alone must not stop, or the others wait for it:
+    # what each finds on its own disk is looked at when they have met.
+    alone = trainer.num_nodes == 1 and (trainer.num_devices == 1 or bool(trainer.strategy.launcher))
+    folder = None
+    if alone:
         outputs.require_targets(trainer)
-    folder = local_folder(run.model.pretrained, "config.json and safetensors")
+        folder = local_folder(run.model.pretrained, "config.json and safetensors")
     if folder is not None:
         check_folder(folder, trust_remote_code=run.model.trust_remote_code)
     try:
         model, spec = described(run)
     except ModelError:
-        if folder is None:
-            return  # nobody knows the shape before the model is downloaded
+        if folder is None:  # nobody knows the shape before the model is downloaded
+            return
         raise
     require_parts(run, model, spec)
     position, limit = outputs.position_of(trainer.ckpt_path), limits(run.trainer)[0]

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,29 @@ def test_fit_report_export_and_validate(strategy: str, base: Path, alone: Path, 
         its = command(folder / "run.yaml", strategy)
         found = run_ranks(validated, 2, [*its, *at(folder / "ckpt")])
         assert found == pytest.approx([expected] * 2, rel=1e-3)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_a_run_killed_while_it_exported_writes_the_rest(
+    strategy: str, base: Path, tmp_path: Path
+) -> None:
+    """Its report is no obstacle, and stays; the checkpoint says that all steps are done."""
+    out = tmp_path / "run"
+    args = ["fit", *command(written(base, out, 2), strategy)]
+    assert run_ranks(run, 2, args) == [0, 0]
+    whole, report = everything(out / "model"), out / "report" / "report.json"
+    before = report.read_bytes()
+    shutil.rmtree(out / "model")
+    assert run_ranks(run, 2, args) == [2, 2], "without its checkpoint it is another run"
+    middle = [*args, "--ckpt_path", str(out / "ckpt" / "step=3.ckpt")]
+    assert run_ranks(run, 2, middle) == [2, 2], "that would train on"
+    assert run_ranks(run, 2, [*args, *at(out / "ckpt")]) == [0, 0]
+    assert report.read_bytes() == before
+    again = everything(out / "model")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def at(folder: Path) -> list[str]:
