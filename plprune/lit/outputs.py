@@ -79,7 +79,7 @@ def require_targets(trainer: Trainer) -> None:
     """Refuse outputs that share a folder, or have none to be written to; on the first process.
 
     Args:
-        trainer: with its callbacks; those that write say so in `writes` and `require_target`.
+        trainer: with its callbacks; those that write have a `require_target`.
 
     Raises:
         ConfigError: for folders that are one, or lie inside each other.
@@ -87,7 +87,7 @@ def require_targets(trainer: Trainer) -> None:
     """
     require_apart(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if getattr(callback, "writes", None) is not None:
+        if hasattr(callback, "require_target"):
             callback.require_target(trainer)
 
 
