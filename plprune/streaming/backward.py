@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from plprune import dist
 from plprune.errors import DataError, PlanError, first_line
+from plprune.heap import give_back
 from plprune.observe import StatMap
 from plprune.progress import Progress, silent
 from plprune.stats.base import Tap
@@ -29,6 +30,9 @@ from plprune.streaming.blocks import Blocks
 from plprune.streaming.calls import Batch, Call, Known, finish, record
 from plprune.surgery.linear_like import shape_of
 from plprune.surgery.written import weight_of
+
+_TOKENS = 64
+"""Whose logits exist at a time."""
 
 
 def singles(batches: Sequence[Batch]) -> list[Batch]:
@@ -99,16 +103,25 @@ def _embedded(source: Blocks, rows: Sequence[Batch]) -> tuple[list[tuple[Call, .
 
 
 def _losses(source: Blocks, rows: Sequence[Batch], hidden: Sequence[Tensor]) -> list[Tensor]:
-    """[1, T, H] gradients of each sequence's mean loss by what left the last block."""
+    """[1, T, H] gradients of each sequence's mean loss by what left the last block.
+
+    A few tokens at a time: logits of a large vocabulary would outweigh everything else.
+    """
     found = []
     with source.outside():
         for row, last in zip(rows, hidden, strict=True):
             leaf = last.detach().requires_grad_()
-            with torch.enable_grad():
-                logits = finish(source.model, row, leaf)[0, :-1]
-                ids = row["input_ids"][0, 1:].to(logits.device)
-                loss = nn.functional.cross_entropy(logits.to(_precise(logits.dtype)), ids)
-                found.append(torch.autograd.grad(loss, leaf)[0])
+            grad, targets_T = torch.zeros_like(last), row["input_ids"][0, 1:].to(last.device)
+            places_T = torch.arange(len(targets_T), device=last.device)
+            for at_K in torch.split(places_T, _TOKENS):
+                with torch.enable_grad():
+                    logits_KV = finish(source.model, row, leaf, at_K)[0]
+                    loss = nn.functional.cross_entropy(
+                        logits_KV.to(_precise(logits_KV.dtype)), targets_T[at_K], reduction="sum"
+                    )
+                    grad += torch.autograd.grad(loss / len(targets_T), leaf)[0]
+            found.append(grad)
+            give_back()
     return found
 
 

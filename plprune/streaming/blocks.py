@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plprune.describe import describe
+from plprune.heap import give_back
 from plprune.plan import Plan
 from plprune.spec import Spec
 from plprune.stream import Stored
@@ -150,6 +151,7 @@ class FromFiles(Blocks):
         prefix = self.prefix(number)
         with self._filled([name for name in self.places if name.startswith(prefix)]):
             yield blocks_of(self.model)[number]
+        give_back()
 
     def prefix(self, number: int) -> str:
         """What the names of a block's tensors begin with."""

@@ -107,16 +107,19 @@ def record(model: nn.Module, batch: Batch, known: Known) -> tuple[Tensor, tuple[
     return first[0], tuple(calls)
 
 
-def finish(model: nn.Module, batch: Batch, hidden_BTH: Tensor) -> Tensor:
-    """What the model makes of the output of its last block.
+def finish(
+    model: nn.Module, batch: Batch, hidden_BTH: Tensor, at_K: Tensor | None = None
+) -> Tensor:
+    """What the model makes of the output of its last block, for all or some of the tokens.
 
     Args:
         model: plain Hugging Face model; blocks may lie on the meta device.
         batch: what went into the model.
         hidden_BTH: [B, T, H] output of the last block.
+        at_K: [K] int64, positions; None: all.
 
     Returns:
-        [B, T, V] logits.
+        [B, K, V] logits.
     """
     last = len(blocks_of(model)) - 1
     count = 0
@@ -127,8 +130,9 @@ def finish(model: nn.Module, batch: Batch, hidden_BTH: Tensor) -> Tensor:
         return hidden_BTH if count - 1 == last else hidden
 
     with _bypassed(model, bypassed):
-        out = cast(Any, model)(**_prepared(model, batch))
-    return cast(Tensor, out.logits)
+        few = {} if at_K is None or not few_logits(model) else {"logits_to_keep": at_K}
+        out = cast(Any, model)(**_prepared(model, batch), **few)
+    return cast(Tensor, out.logits if few or at_K is None else out.logits[:, at_K])
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:

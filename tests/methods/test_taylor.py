@@ -13,6 +13,7 @@ from plprune.methods.base import View
 from plprune.methods.taylor import Taylor
 from plprune.stats.base import Tap
 from plprune.stats.slopes import Slopes
+from plprune.streaming import backward, calls
 from plprune.streaming.backward import singles, slopes
 from plprune.streaming.blocks import FromFiles, Held
 from plprune.streaming.opened import open_model
@@ -43,7 +44,14 @@ def by_autograd(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[s
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_block_by_block_is_one_backward_pass(name: str):
+@pytest.mark.parametrize(("at_once", "known"), [(64, True), (4, True), (4, False)])
+def test_block_by_block_is_one_backward_pass(
+    name: str, at_once: int, known: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """However many logits exist at a time, and whether the model can leave some out or not."""
+    monkeypatch.setattr(backward, "_TOKENS", at_once)
+    if not known:
+        monkeypatch.setattr(calls, "few_logits", lambda model: {})
     model = tiny.model(name).eval()
     spec = describe(model)
     mean, squares = by_autograd(model)

@@ -29,7 +29,10 @@ def test_block_by_block_is_the_models_own_forward(name: str, mask: bool):
     with torch.no_grad():
         for block, call in zip(blocks_of(model), calls, strict=True):
             hidden = call.run(block, hidden)
-        assert torch.equal(finish(model, batch, hidden), model(**batch).logits)
+        logits = finish(model, batch, hidden)
+        some = torch.tensor([4, 1])
+        torch.testing.assert_close(finish(model, batch, hidden, some), logits[:, some])
+        assert torch.equal(logits, model(**batch).logits)
     assert all("forward" not in vars(block) for block in blocks_of(model))
 
 
