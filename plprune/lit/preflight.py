@@ -41,6 +41,9 @@ def require_possible(trainer: Trainer, run: Run) -> None:
     folder = None
     if alone:
         outputs.require_targets(trainer)
+        corpus = getattr(run.data, "corpus", None)  # of data modules of others nothing is known
+        if corpus is not None and local_folder(corpus.tokenizer, "tokenizer files") is not None:
+            run.data.loaded_tokenizer()
         folder = local_folder(run.model.pretrained, "config.json and safetensors")
     if folder is not None:
         check_folder(folder, trust_remote_code=run.model.trust_remote_code)
