@@ -18,6 +18,7 @@ from plprune.errors import ConfigError, PlanError
 from plprune.stats.base import Stat
 from plprune.stats.gram import Gram
 from plprune.stats.moments import Moments
+from plprune.stats.toward import Toward
 
 
 class Compensation(ABC):
@@ -25,10 +26,17 @@ class Compensation(ABC):
 
     stat: ClassVar[type[Stat]]
     """What it must know of the inputs of a linear that loses some of them."""
+    of_dense: ClassVar[bool] = False
+    """Whether these are inputs in the model as it was, not behind earlier cuts."""
 
     @property
     def gives_biases(self) -> bool:
         """Whether linears without bias get one, which a model that is trained cannot take."""
+        return False
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether it also looks at the model as it was (`Toward`), which `plprune prune` can."""
         return False
 
     @abstractmethod
@@ -40,8 +48,9 @@ class Compensation(ABC):
         Args:
             weight_RC: [R, C] as it is.
             bias_R: [R], or None without one.
-            seen: of class `stat`, sums over calibration tokens.
-            keep_C: [C] bool, inputs that stay; at least one goes.
+            seen: of class `stat`, sums over calibration tokens; a `Toward` where the model as it
+                was runs beside the one that is cut.
+            keep_C: [C] bool, inputs that stay; at least one goes, or `seen` is a `Toward`.
 
         Returns:
             [R, C] and [R] or None, any float dtype; what columns that go hold does not matter.
@@ -55,22 +64,30 @@ class Compensation(ABC):
         return {f.name: getattr(self, f.name) for f in fields(cast(Any, self))}
 
 
-def refit(weight_RC: Tensor, second_CC: Tensor, keep_C: Tensor, ridge: float) -> Tensor:
+def refit(
+    weight_RC: Tensor,
+    second_CC: Tensor,
+    keep_C: Tensor,
+    ridge: float,
+    missed_RC: Tensor | None = None,
+) -> Tensor:
     """Weights on the inputs that stay, so that the output changes least.
 
-    Minimises, over W', the sum over tokens of |W x - W' x_K|^2 plus d |W' - W_K|^2 with
-    d = ridge * mean(diag G_KK):
+    Minimises, over W', the sum over tokens of |W x + e - W' x_K|^2 plus d |W' - W_K|^2 with
+    d = ridge * mean(diag G_KK); e is what the output lacks already:
 
-        W' = W_K + W_D G_DK (G_KK + d I)^-1
+        W' = W_K + (W_D G_DK + E_K) (G_KK + d I)^-1,    G = sum x x^T,    E = sum e x^T
 
-    Without ridge this is W G_{:,K} G_KK^-1, the optimum of optimal brain surgery for the whole
-    set of inputs at once (Hassibi and Stork 1993; for structures: SlimGPT, arXiv 2412.18110).
+    Without ridge and e this is W G_{:,K} G_KK^-1, the optimum of optimal brain surgery for the
+    whole set of inputs at once (Hassibi and Stork 1993; for structures: SlimGPT, arXiv
+    2412.18110).
 
     Args:
         weight_RC: [R, C] as it is.
         second_CC: [C, C] sums of x x^T, or of the centred x, over tokens.
         keep_C: [C] bool.
         ridge: > 0, share of the mean diagonal.
+        missed_RC: [R, C] sums of e x^T over tokens; None: nothing is lacking.
 
     Returns:
         [R, C] float64; columns that go are as they were.
@@ -92,7 +109,10 @@ def refit(weight_RC: Tensor, second_CC: Tensor, keep_C: Tensor, ridge: float) ->
                 given=f"{len(stay)} inputs, ridge {ridge}",
                 fix="raise compensation.ridge, or use more calibration tokens",
             )
-        new[:, stay] += torch.cholesky_solve((W[:, go] @ G_DK).T, factor).T
+        lost_RK = W[:, go] @ G_DK
+        if missed_RC is not None:
+            lost_RK += missed_RC[:, stay]
+        new[:, stay] += torch.cholesky_solve(lost_RK.T, factor).T
     return new
 
 
@@ -110,14 +130,27 @@ class LeastSquares(Compensation):
     """Pull towards the weights as they were, as a share of the mean squared input."""
     add_bias: bool = False
     """Also give a bias to linears that have none; not while a model is trained."""
+    drift: float = 0.0
+    """In [0, 1]: also undo this share of what earlier cuts did to the residual stream. From the
+    first cut on every consumer is refitted, cut or not, to
+
+        y = (1 - drift) W x + drift (dense stream behind it - pruned stream in front of it),
+
+    x being its inputs in the pruned model. The dense model's hidden states run beside the pruned
+    one's, so only `plprune prune` can; correcting everything fits what the calibration tokens
+    happen to hold, a third has been best."""
 
     def __post_init__(self) -> None:
-        """Check the ridge.
+        """Check the settings.
 
         Raises:
-            ConfigError: unless it is above 0.
+            ConfigError: unless the ridge is above 0 and the drift in [0, 1].
         """
         require_numbers(self, "compensation")
+        if not 0 <= self.drift <= 1:
+            raise ConfigError(
+                "compensation.drift is out of range", given=str(self.drift), allowed="0 to 1"
+            )
         if not 0 < self.ridge < float("inf"):
             raise ConfigError(
                 "compensation.ridge is out of range", given=str(self.ridge), allowed="above 0"
@@ -128,31 +161,47 @@ class LeastSquares(Compensation):
         """See `add_bias`."""
         return self.add_bias
 
+    @property
+    def follows_dense(self) -> bool:
+        """See `drift`."""
+        return self.drift > 0
+
     def solve(
         self, weight_RC: Tensor, bias_R: Tensor | None, seen: Stat, keep_C: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """See `refit`; float64 values."""
+        """See `refit` and `drift`; float64 values."""
         gram = cast(Gram, seen)
         # Small beside the solving, and the sums are kept on the CPU.
         weight_RC = weight_RC.to(gram.n.device).double()
+        aim = gram if isinstance(gram, Toward) else None
+        missed_RC: Tensor | None = None
         if bias_R is None and not self.add_bias:
-            return refit(weight_RC, gram.xx_CC, keep_C, self.ridge), None
+            if aim is not None:
+                missed_RC = self.drift * (aim.yx_RC - weight_RC @ gram.xx_CC)
+            return refit(weight_RC, gram.xx_CC, keep_C, self.ridge, missed_RC), None
         mean_C = gram.x_C / gram.n
         centred_CC = gram.xx_CC - gram.n * torch.outer(mean_C, mean_C)
-        new_RC = refit(weight_RC, centred_CC, keep_C, self.ridge)
-        lost_R = weight_RC @ mean_C - new_RC[:, keep_C] @ mean_C[keep_C]
-        return new_RC, _plus(bias_R, lost_R)
+        lost_R = weight_RC @ mean_C
+        if aim is not None:
+            mean_R = aim.y_R / aim.n
+            centred_RC = aim.yx_RC - aim.n * torch.outer(mean_R, mean_C)
+            missed_RC = self.drift * (centred_RC - weight_RC @ centred_CC)
+            lost_R = lost_R + self.drift * (mean_R - _plus(bias_R, lost_R))
+        new_RC = refit(weight_RC, centred_CC, keep_C, self.ridge, missed_RC)
+        return new_RC, _plus(bias_R, lost_R - new_RC[:, keep_C] @ mean_C[keep_C])
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeanBias(Compensation):
     """What goes is replaced by its mean, in the bias of what reads it (FLAP, arXiv 2312.11983).
 
-    b' = b + W_D mean(x_D); weights stay. Linears without bias get one, which a model that is
-    trained cannot take.
+    b' = b + W_D mean(x_D); weights stay. Means are of the model as it was, as published: behind
+    cuts that leave little of a model they are worse. Linears without bias get one, which a model
+    that is trained cannot take.
     """
 
     stat: ClassVar[type[Stat]] = Moments
+    of_dense: ClassVar[bool] = True
 
     @property
     def gives_biases(self) -> bool:

@@ -65,12 +65,12 @@ class Stream:
         model = self.source.model
         streams = any(tap.side == "stream" for tap in taps)  # seen when the last module is done
         whole = forward or streams or not self.source.stoppable
-        last = contextlib.nullcontext(set[str]()) if whole else _until_all(model, taps)
+        last = contextlib.nullcontext(set[str]()) if whole else until_all(model, taps)
         with torch.no_grad(), observe(model, taps) as seen, last as ended:
             for batch in range(len(self.hidden)):
                 seen.token_mask = self.masks[batch]
                 ended.clear()
-                with contextlib.suppress(_SeenAll):
+                with contextlib.suppress(SeenAll):
                     out = self.calls[batch][number].run(block, self.hidden[batch])
                     if forward:
                         self.hidden.put(batch, out)
@@ -101,13 +101,21 @@ class Stream:
         self.observe(number, block, (), forward=True)
 
 
-class _SeenAll(Exception):  # noqa: N818
+class SeenAll(Exception):  # noqa: N818
     """Every tap of a pass has seen its activation: the rest of the block need not run."""
 
 
 @contextlib.contextmanager
-def _until_all(model: nn.Module, taps: Sequence[Tap]) -> Iterator[set[str]]:
-    """Stop a pass at the last tap; yields the modules seen, to be cleared before each pass."""
+def until_all(model: nn.Module, taps: Sequence[Tap]) -> Iterator[set[str]]:
+    """Stop a pass at the last tap by `SeenAll`.
+
+    Args:
+        model: plain.
+        taps: on inputs of modules.
+
+    Yields:
+        Modules seen, to be cleared before each pass.
+    """
     wanted = {tap.module for tap in taps}
     seen: set[str] = set()
 
@@ -115,7 +123,7 @@ def _until_all(model: nn.Module, taps: Sequence[Tap]) -> Iterator[set[str]]:
         def note(*_: Any) -> None:
             seen.add(name)
             if seen == wanted:
-                raise _SeenAll
+                raise SeenAll
 
         return note
 

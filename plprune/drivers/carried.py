@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from plprune import dist
 from plprune.compensate import Compensation
+from plprune.drivers.beside import Beside
 from plprune.drivers.blocks import Stream, apply_part
 from plprune.observe import StatMap
 from plprune.plan import Keep, Plan, Write
@@ -61,10 +63,13 @@ def carry_out(
     block: nn.Module,
     plan: Plan,
     compensation: Compensation | None,
+    beside: Beside | None = None,
+    known: StatMap | None = None,
 ) -> list[Plan]:
     """Do what a plan for the whole model says of one block.
 
     Units are taken away consumer by consumer: a later one is refitted on what earlier ones left.
+    Beside a dense model, linears that lose nothing are refitted too.
 
     Args:
         stream: at this block; nothing is run without a compensation.
@@ -72,17 +77,27 @@ def carry_out(
         block: with its weights; changed in place.
         plan: made for the model as it was; `Keep` edits.
         compensation: new weights for what reads from units that go.
+        beside: the dense model at this block, for a compensation that follows it.
+        known: what was seen in this block of the dense model; None: `stream` is looked at.
 
     Returns:
         What was done; `stream.source.spec` is up to date.
     """
     source, done = stream.source, []
-    for consumer, edits in _by_consumer(source.spec, plan, number).items():
-        part = replace(plan, edits=tuple(edits))
+    cuts = _by_consumer(source.spec, plan, number)
+    for consumer in beside.look(number, block) if beside is not None else cuts:
+        part = replace(plan, edits=tuple(cuts.get(consumer, ())))
+        if beside is not None and not beside.parted(cut=bool(part.edits)):
+            continue
         if compensation is not None:
             tap = Tap(module=consumer, stat=compensation.stat)
-            stats = stream.observe(number, block, (tap,))
-            part = refitted(source, part, consumer, compensation, stats[tap])
+            seen: Stat
+            if beside is not None:
+                seen = beside.toward(stream, number, block, consumer)
+            else:
+                there = stream.observe(number, block, (tap,)) if known is None else known
+                seen = there[tap]
+            part = refitted(source, part, consumer, compensation, seen)
         apply_part(source, part)
         done.append(dist.agree(part))
     return done
@@ -106,7 +121,7 @@ def refitted(
 
     Args:
         source: the model, with the consumer's weights.
-        plan: takes units away from it.
+        plan: takes units away from it, or none.
         consumer: module path.
         compensation: decides.
         seen: of its inputs.
@@ -114,6 +129,8 @@ def refitted(
     spec, module = source.spec, source.model.get_submodule(consumer)
     lowered = lower(replace(plan, fingerprint=spec.fingerprint), spec)
     weight, bias = weight_of(module), bias_of(module)
-    weight, bias = compensation.solve(weight, bias, seen, lowered[consumer, "in"])
+    every = torch.ones(spec.linears[consumer].cols, dtype=torch.bool)
+    keep = lowered.get((consumer, "in"), every)
+    weight, bias = compensation.solve(weight, bias, seen, keep)
     write = Write(module=consumer, weight=weight, bias=bias)
     return replace(plan, edits=(*plan.edits, write))

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from plprune import dist
 from plprune.budget import Budget
 from plprune.drivers.batches import calibration_hash, empty_calibration
+from plprune.drivers.beside import Beside, require_additive
 from plprune.drivers.blocks import Stream, begin, budget_of, prune_block
 from plprune.drivers.carried import by_block, carry_out, observe_whole
-from plprune.drivers.compensated import less_biases
+from plprune.drivers.compensated import Compensated, less_biases
 from plprune.drivers.job import Job, settings
 from plprune.drivers.looks import costs, setting_of
 from plprune.drivers.noted import noted
@@ -23,7 +25,7 @@ from plprune.drivers.removals import losses_of
 from plprune.load import load_hf
 from plprune.methods.base import View
 from plprune.observe import StatMap
-from plprune.plan import Plan
+from plprune.plan import Keep, Plan
 from plprune.sparse import SparseMethod
 from plprune.spec import Spec
 from plprune.stats.base import Tap
@@ -75,8 +77,11 @@ def prune(job: Job) -> Done:
         model, places = open_model(job.folder, trust_remote_code=job.trust_remote_code)
         source = FromFiles(model, places, dtype=job.dtype, device=job.device)
     dense, calibration = source.spec, calibration_hash(job.batches)
+    follows = job.compensation is not None and job.compensation.follows_dense
     with dist.together():
         job.method.widths(dense, _of_selection(job, dense))  # refuses what cannot be met
+        if follows:
+            require_additive(source)
         work = Work(job.target, settings(job, dense, calibration))
     run = _Run(job=job, source=source, dense=dense, work=work, calibration=calibration)
     source.keep_with(run.keep)
@@ -130,21 +135,43 @@ class _Run:
     def whole(self) -> None:
         """Look at the whole model, decide, then change block by block."""
         plan = self._plan()
+        edits = by_block(plan, self.dense)
+        beside = self._beside(edits)  # while every block is the dense model's
         finished = restore(self.source, self.work)
         if finished == len(self.source):
             return
-        needs = self.job.compensation is not None
+        compensation = self.job.compensation
+        of_dense = compensation is not None and compensation.of_dense
+        needs = compensation is not None and not of_dense
         stream = self._stream("hidden", finished, needs=needs)
         shown = self.job.shown(f"cutting by the plan of {plan.method}")
-        edits = by_block(plan, self.dense)
         for number in range(finished, len(self.source)):
             with self.source.block(number) as block:
                 own = edits.get(number, ())
-                if own:
+                if own or beside is not None:
                     part = replace(plan, edits=own)
-                    carry_out(stream, number, block, part, self.job.compensation)
+                    known = self.work.stats(number) if of_dense else None
+                    carry_out(stream, number, block, part, compensation, beside, known)
                 self._finish(stream, number, block, needs=needs)
+                if beside is not None and number + 1 < len(self.source):
+                    beside.finish(number)
             shown(number + 1, len(self.source))
+
+    def _beside(self, edits: Mapping[int, Sequence[Keep]]) -> Beside | None:
+        """The dense model, for a compensation that follows it."""
+        compensation, finished = self.job.compensation, self.work.finished()
+        follows = compensation is not None and compensation.follows_dense and bool(edits)
+        if not follows or finished == len(self.source):
+            return None
+        stream = self._stream("dense", finished, needs=True)
+        cut = min(edits) < finished
+        return Beside(stream, self._behind, cut=cut)
+
+    def _behind(self, number: int, first: list[Tensor]) -> Hidden:
+        """Where the stream behind a consumer is kept; not for a run that goes on."""
+        if not self.job.hidden_on_disk:
+            return InMemory(first)
+        return OnDisk(self._folder(f"behind-{number}"), first)
 
     def _finish(self, stream: Stream, number: int, block: nn.Module, *, needs: bool) -> None:
         """Store a block, and pass on what comes out of it as it was stored."""
@@ -170,12 +197,17 @@ class _Run:
         """Where hidden states are kept, and the block in front of which they are."""
         if not self.job.hidden_on_disk:
             return InMemory, 0
-        folder = self.work.folder / f"{name}-{dist.rank()}-of-{dist.world_size()}"
-        folder.mkdir(exist_ok=True)
+        folder = self._folder(name)
         start = dist.all_alike(OnDisk.kept(folder) or 0)
         # A rank may have died before it stored what others did: then all begin again.
         start = start if start is not None and start <= finished else 0
         return lambda first: OnDisk(folder, first, start), start
+
+    def _folder(self, name: str) -> Path:
+        """Of this process alone."""
+        folder = self.work.folder / f"{name}-{dist.rank()}-of-{dist.world_size()}"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def _plan(self) -> Plan:
         """The plan of an earlier run with the same settings, or a new one."""
@@ -200,7 +232,10 @@ class _Run:
         return plan
 
     def _observed(self) -> StatMap:
-        every = self.job.method.taps(self.source.spec)
+        method, compensation = self.job.method, self.job.compensation
+        if compensation is not None and compensation.of_dense:
+            method = Compensated(method=method, compensation=compensation)
+        every = method.taps(self.source.spec)
         back = [tap for tap in every if tap.stat.backward]
         losses = [tap for tap in every if tap.stat.measured]
         found = self._forward([tap for tap in every if tap not in (*back, *losses)])
@@ -235,10 +270,8 @@ class _Run:
         """Gradients; a run that is killed meanwhile begins them again."""
         if not taps:
             return {}
-        folder = None
-        if self.job.hidden_on_disk:
-            folder = self.work.folder / f"entered-{dist.rank()}-of-{dist.world_size()}"
-            folder.mkdir(exist_ok=True)
+        # What enters every block: as many times the hidden states as there are blocks.
+        folder = self._folder("entered")
         shown = self.job.shown("gradients, forward and back")
         return slopes(self.source, self.job.batches, taps, folder=folder, progress=shown)
 

@@ -19,7 +19,7 @@ def require_trainable(method: Method, spec: Spec, *, divided: bool) -> None:
 
     Raises:
         ConfigError: if the method needs complete weights and the strategy divides them, or if the
-            compensation gives linears a bias that have none.
+            compensation follows the dense model or gives linears a bias that have none.
     """
     if divided:
         stats = {tap.stat for tap in method.taps(spec)}
@@ -28,6 +28,13 @@ def require_trainable(method: Method, spec: Spec, *, divided: bool) -> None:
         if any(stat.measured for stat in stats):
             raise needs_complete("losses of single cuts", method.label)
     selects, compensation = parts(method)
+    if compensation is not None and compensation.follows_dense:
+        raise ConfigError(
+            "this compensation needs the dense model beside the one that is cut",
+            given=f"{type(compensation).__name__} {compensation.hyper()} in a run that trains",
+            allowed="drift: 0",
+            fix="leave compensation.drift out, or cut before training: plprune prune",
+        )
     without = new_biases(spec, selects, compensation)
     if without:
         raise ConfigError(

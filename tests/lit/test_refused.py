@@ -86,6 +86,15 @@ def test_biases_that_nobody_has_are_refused_before_anything_is_looked_at(
         fit(User(), [pruner])
 
 
+def test_a_refit_that_follows_the_dense_model_is_refused_before_anything_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Statistics, "share_for", lambda *_: pytest.fail("looked at the model"))
+    pruner = prune(compensation=LeastSquares(drift=0.5))
+    with pytest.raises(ConfigError, match=r"dense model beside.*drift': 0.5.*out, or cut before"):
+        fit(User(), [pruner])
+
+
 @pytest.mark.parametrize(
     ("method", "what"),
     [(Taylor(), "gradients"), (TransAct(allocation=MeasuredLoss()), "losses of single cuts")],

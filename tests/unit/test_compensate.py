@@ -10,6 +10,7 @@ from plprune.compensate import LeastSquares, refit
 from plprune.errors import ConfigError, PlanError
 from plprune.stats.base import fold
 from plprune.stats.gram import Gram
+from plprune.stats.toward import Toward
 
 ROWS, COLS, TOKENS = 5, 12, 200
 
@@ -137,3 +138,83 @@ def test_what_cannot_be_solved_is_refused():
 def test_a_ridge_out_of_range_is_refused(ridge: Any):
     with pytest.raises(ConfigError, match="ridge"):
         LeastSquares(ridge=ridge)
+
+
+# --- towards another model -----------------------------------------------------------------------
+
+
+def wanted(x: Tensor) -> Tensor:
+    """[N, R] what another model would say: part of it linear in the inputs, part of it not."""
+    noise = torch.randn(len(x), ROWS, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    return 1.5 * x @ matrix().T + (x[:, :1] * x[:, 1:2]).tanh() + 0.3 * noise + 1.0
+
+
+def toward(x: Tensor, y: Tensor) -> Any:
+    """Statistic of all rows."""
+    return fold(Toward.zero(COLS, rows=ROWS), torch.cat([x, y], 1))
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.35, 1.0])
+@pytest.mark.parametrize("ridge", [1e-13, 0.3])
+def test_drift_is_least_squares_to_a_blend(drift: float, ridge: float):
+    x, w = inputs(), matrix()
+    aim = (1 - drift) * x @ w.T + drift * wanted(x)
+    d = ridge * float((x.T @ x).diagonal()[KEEP].mean())
+    extra = torch.eye(int(KEEP.sum()), dtype=torch.float64) * d**0.5
+    rows, said = torch.cat([x[:, KEEP], extra]), torch.cat([aim, extra @ w[:, KEEP].T])
+    best = torch.linalg.lstsq(rows, said).solution.T
+    repair = LeastSquares(ridge=ridge, drift=drift)
+    new, bias = repair.solve(w, None, toward(x, wanted(x)), KEEP)
+    assert bias is None
+    torch.testing.assert_close(new[:, KEEP], best, rtol=1e-8, atol=1e-8)
+    if drift:
+        plain = refit(w, x.T @ x, KEEP, ridge)
+        assert not torch.allclose(plain[:, KEEP], best, rtol=0.01), "the control"
+
+
+@pytest.mark.parametrize("drift", [0.35, 1.0])
+@pytest.mark.parametrize("biased", [True, False])
+def test_drift_finds_weight_and_bias_together(drift: float, biased: bool):
+    x, w = inputs(mean=2.0), matrix()
+    own = torch.linspace(-1, 1, ROWS, dtype=torch.float64) if biased else None
+    aim = (1 - drift) * (x @ w.T + (0 if own is None else own)) + drift * wanted(x)
+    repair = LeastSquares(ridge=1e-14, drift=drift, add_bias=True)
+    new, bias = repair.solve(w, own, toward(x, wanted(x)), KEEP)
+    ones = torch.ones(TOKENS, 1, dtype=torch.float64)
+    best = torch.linalg.lstsq(torch.cat([x[:, KEEP], ones], 1), aim).solution.T
+    assert bias is not None
+    torch.testing.assert_close(new[:, KEEP], best[:, :-1], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(bias, best[:, -1], rtol=1e-7, atol=1e-7)
+
+
+def test_a_linear_that_loses_nothing_can_drift():
+    x, w, every = inputs(), matrix(), torch.ones(COLS, dtype=torch.bool)
+    new, _ = LeastSquares(ridge=1e-14, drift=1.0).solve(w, None, toward(x, wanted(x)), every)
+    best = torch.linalg.lstsq(x, wanted(x)).solution.T
+    torch.testing.assert_close(new, best, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_where_nothing_drifted_nothing_more_is_refitted(biased: bool):
+    x, w = inputs(mean=1.0), matrix()
+    own = torch.linspace(-1, 1, ROWS, dtype=torch.float64) if biased else None
+    y = x @ w.T + (0 if own is None else own)
+    plain, moved = (
+        LeastSquares(drift=drift).solve(w, own, toward(x, y), KEEP) for drift in (0.0, 1.0)
+    )
+    torch.testing.assert_close(plain, moved, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(plain, LeastSquares().solve(w, own, seen(x), KEEP))
+
+
+def test_rows_of_two_statistics_add():
+    x = inputs()
+    y = wanted(x)
+    whole, parts = toward(x, y), toward(x[:50], y[:50]) + toward(x[50:], y[50:])
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(getattr(parts, name), value)
+
+
+@pytest.mark.parametrize("drift", [-0.1, 1.1, float("nan"), "0.3"])
+def test_a_drift_out_of_range_is_refused(drift: Any):
+    with pytest.raises(ConfigError, match="drift"):
+        LeastSquares(drift=drift)
