@@ -53,6 +53,8 @@ class Run:
     """Hyper-parameters."""
     compensation: str | None = None
     """Class path below `plprune`."""
+    repair: Mapping[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the compensation."""
     peer: Peer | None = None
     """Does the same; None for controls."""
     seeded: bool = False
@@ -73,6 +75,8 @@ class Run:
             made["budget"]["multiple_of"] = {"mlp": 1}
         if self.compensation is not None:
             made["compensation"] = {"class_path": f"plprune.{self.compensation}"}
+            if self.repair:
+                made["compensation"]["init_args"] = dict(self.repair)
         return made
 
     def classes(self) -> Iterator[str]:
@@ -165,9 +169,10 @@ RUNS = (
     *(
         Run(
             name=f"ours-{round(100 * (1 - keep))}", method="methods.flap.FLAP", keep=keep,
-            init=_OURS, compensation="compensate.LeastSquares", peer=_RIDGE[keep],
+            init=init, compensation="compensate.LeastSquares", repair={"drift": 0.35},
+            peer=_RIDGE[keep],
         )
-        for keep in (0.8, 0.5)
+        for keep, init in ((0.8, _OURS), (0.5, {}))
     ),
 )  # fmt: skip
 """In the order they are run."""
