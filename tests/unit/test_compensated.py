@@ -97,6 +97,7 @@ def test_names_and_settings_are_those_of_both():
         "class": "LeastSquares",
         "ridge": RIDGE,
         "add_bias": False,
+        "drift": 0.0,
     }
 
 
